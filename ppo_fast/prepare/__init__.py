@@ -1,0 +1,1 @@
+"""What PPO needs before it starts: supervised fine-tuning, a reward model, and the reading of data files."""

@@ -1,0 +1,41 @@
+"""Output folders that are either absent, or complete: nothing half-written is ever found under the final name."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def refuse_non_empty(folder: str | Path, name: str = "output") -> Path:
+    """Check that `folder` may be written, and return it as a path.
+
+    Args:
+        folder: the folder a command is about to fill; it may be absent or empty.
+        name: the option that the folder came from, for the message.
+
+    Raises:
+        ValueError: the folder holds something, or the path is a file.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name}: {path} is a file, expected a folder that is absent or empty")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{name}: {path} is not empty; name another folder or remove it first")
+    return path
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling of `folder` to write into; when the block ends well it takes the final name.
+
+    A process killed in the block leaves `<folder>.partial`, which the next call clears; `folder` itself appears by
+    one rename, so its presence means that everything in it was written.
+    """
+    target = Path(folder)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    # POSIX rename replaces an empty folder and refuses a full one: nothing that exists is ever overwritten.
+    partial.rename(target)
