@@ -1,4 +1,4 @@
-"""Output folders that are either absent, or complete: nothing half-written is ever found under the final name."""
+"""Output folders and files that are either absent or complete: nothing half-written under its final name."""
 
 import shutil
 from collections.abc import Iterator
@@ -39,3 +39,11 @@ def staged(folder: str | Path) -> Iterator[Path]:
     yield partial
     # POSIX rename replaces an empty folder and refuses a full one: nothing that exists is ever overwritten.
     partial.rename(target)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) under a temporary name and rename it: it is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
