@@ -1,0 +1,76 @@
+"""The only place that asks which implementation runs an op."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
+
+Probe = Callable[[Tensor], str | None]  # the reason why this implementation cannot run a call, or None
+
+# Fastest first. What auto may take: the interpreter's Triton on CPU tensors only runs when asked for by name.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
+
+
+def _fused_logprob(impl: str) -> Probe:
+    """Ask the fused row op, imported only here: `import ppo_fast` must not import what it builds on."""
+
+    def probe(logits: Tensor) -> str | None:
+        from ppo_fast.ops import fused_logprob
+
+        return fused_logprob.unavailable(impl, logits)
+
+    return probe
+
+
+_ROW_OPS = {"cpu": _fused_logprob("cpu"), "triton": _fused_logprob("triton")}
+_TABLE: dict[str, dict[str, Probe]] = {
+    "entropy_from_logits": _ROW_OPS,
+    "logprobs_and_entropy_from_logits": _ROW_OPS,
+    "logprobs_from_logits": _ROW_OPS,
+}
+
+
+def _reason(op: str, impl: str, tensor: Tensor) -> str | None:
+    """Why `impl` cannot run `op` on `tensor`, or None if it can."""
+    if impl == "reference":
+        return None
+    probe = _TABLE.get(op, {}).get(impl)
+    if probe is None:
+        return f"this op has no {impl} implementation"
+    return probe(tensor)
+
+
+def resolve(op: str, impl: str, tensor: Tensor) -> str:
+    """Name the implementation that runs `op` on `tensor`: `impl` itself, or for auto the fastest that can.
+
+    Raises:
+        ValueError: `impl` is not a known name, or was asked for by name and cannot run; with the reason.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"{op}: `impl` is {impl!r}, expected one of {', '.join(get_args(Impl))}")
+    if impl == "auto":
+        fastest = _PREFERENCE.get(tensor.device.type, ())
+        return next((name for name in fastest if _reason(op, name, tensor) is None), "reference")
+    reason = _reason(op, impl, tensor)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} is not available for {op}: {reason}")
+    return impl
+
+
+def available_impls(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Names that `impl=` accepts for `op` on float32 tensors of `device`, the one auto takes first.
+
+    Raises:
+        ValueError: `op` is not a public op.
+    """
+    from ppo_fast import reference
+
+    if op not in reference.__all__:
+        raise ValueError(f"available_impls: `op` is {op!r}, expected one of {', '.join(reference.__all__)}")
+    sample = torch.empty(1, 2, device=device)
+    names = [name for name in get_args(Impl) if name != "auto" and _reason(op, name, sample) is None]
+    first = resolve(op, "auto", sample)
+    return (first, *(name for name in names if name != first))

@@ -1,0 +1,247 @@
+"""Public ops in hidden space: from a model's last hidden state and its head, without handing over logits."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ppo_fast import reference
+from ppo_fast.ops import dispatch
+from ppo_fast.ops.checks import Checker
+from ppo_fast.ops.dispatch import Impl
+from ppo_fast.ops.losses import check_policy
+from ppo_fast.records import PolicyLoss, Reduction
+
+
+def _check_head(
+    check: Checker, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> int:
+    """The head fits the hidden state; returns V."""
+    if not isinstance(weight, Tensor):
+        check.fail("weight", f"is a {type(weight).__name__}", "a torch.Tensor", TypeError)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        check.fail("weight", f"has shape {tuple(weight.shape)}", "[V, D] with V of at least 1")
+    vocab = weight.shape[0]
+    check.floats((vocab, hidden.shape[-1]), "[V, D], D being the last axis of hidden", weight=weight)
+    check.floats((vocab,), "one for each row of weight", bias=bias)
+    check.optional_number("softcap", softcap)
+    check.finite(None, weight=weight, bias=bias)
+    return vocab
+
+
+def _check_ref_head(
+    check: Checker,
+    rows: Sequence[int],
+    vocab: int,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+) -> None:
+    """The reference's head: its own hidden size, the policy's rows and vocabulary."""
+    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        if not isinstance(value, Tensor):
+            check.fail(name, f"is a {type(value).__name__}", "a torch.Tensor", TypeError)
+    width = ref_hidden.shape[-1] if ref_hidden.dim() else 0
+    check.floats((*rows, width), "rows of hidden, then its own hidden size", ref_hidden=ref_hidden)
+    check.floats((vocab, width), "V of weight, last axis of ref_hidden", ref_weight=ref_weight)
+    check.floats((vocab,), "one for each row of ref_weight", ref_bias=ref_bias)
+    check.finite(None, ref_weight=ref_weight, ref_bias=ref_bias)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each label straight from the hidden state, in nats.
+
+    z = hidden @ weight.T + bias;  with a softcap s, z = s tanh(z / s);  log softmax(z / temperature)[label].
+
+    Args:
+        hidden: [..., D], floating.
+        weight: [V, D], floating.
+        labels: [...], int64 in [0, V).
+        bias: [V], or None.
+        temperature: a float above 0, or a tensor [...], one a row; it gets no gradient.
+        softcap: s > 0, or None for no cap.
+        return_entropy: also return the entropy [...] of each row.
+        impl: auto or reference.
+
+    Returns:
+        logprobs [...], or (logprobs, entropy); float32 (float64 for float64), differentiable in `hidden`,
+        `weight` and `bias`.
+
+    Raises:
+        ValueError: wrong shape, device, coefficient or `impl`; a label outside [0, V) on the CPU (on a GPU
+            that row is NaN unless `check_inputs(True)`).
+        TypeError: wrong dtype.
+
+    Source: softcap from Gemma 2 (arXiv 2408.00118), section 2.
+    """
+    check = Checker("linear_logprobs", "hidden", hidden)
+    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check.labels(labels, hidden.shape[:-1], "hidden without its last axis", vocab)
+    check.temperature(temperature, hidden.shape[:-1])
+    check.flag("return_entropy", return_entropy)
+    check.finite(None, hidden=hidden)
+    dispatch.resolve("linear_logprobs", impl, hidden)
+    return reference.linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        return_entropy=return_entropy,
+    )
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Exact KL(pi || ref) of each row from the hidden states of both models, in nats.
+
+    Equivalent to `kl_from_logits(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)`.
+
+    Args:
+        hidden, weight, bias: the policy: [..., D], [V, D], [V] or None.
+        ref_hidden, ref_weight, ref_bias: the reference: [..., D'], [V, D'], [V] or None; no gradient.
+        softcap: s > 0 of both heads, z = s tanh(z / s); None for no cap.
+        temperature: of both; a float above 0, or a tensor [...], one a row; it gets no gradient.
+        impl: auto or reference.
+
+    Returns:
+        [...], float32 (float64 for float64), differentiable in `hidden`, `weight` and `bias`.
+
+    Raises:
+        ValueError: wrong shape, device, coefficient or `impl`.
+        TypeError: wrong dtype.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
+    """
+    check = Checker("linear_kl", "hidden", hidden)
+    vocab = _check_head(check, hidden, weight, bias, softcap)
+    _check_ref_head(check, hidden.shape[:-1], vocab, ref_hidden, ref_weight, ref_bias)
+    check.temperature(temperature, hidden.shape[:-1])
+    check.finite(None, hidden=hidden, ref_hidden=ref_hidden)
+    dispatch.resolve("linear_kl", impl, hidden)
+    return reference.linear_kl(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        bias=bias,
+        ref_bias=ref_bias,
+        softcap=softcap,
+        temperature=temperature,
+    )
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl_coef: float = 0.0,
+    temperature: float | Tensor = 1.0,
+    reduction: Reduction = "token-mean",
+    normalizer: float | Tensor | None = None,
+    log_ratio_clamp: float | None = None,
+    impl: Impl = "auto",
+) -> PolicyLoss:
+    """`policy_loss_from_logits` of z = hidden @ weight.T + bias, softcapped if asked for.
+
+    Args:
+        hidden: [B, T, D], floating. Rows whose mask is 0 are never read.
+        weight: [V, D], floating.
+        labels: [B, T], int64 in [0, V); anything where the mask is 0.
+        bias: [V], or None.
+        softcap: s > 0, z = s tanh(z / s) before the temperature, of both heads; None for no cap.
+        ref_hidden, ref_weight, ref_bias: the reference's [B, T, D'], [V, D'], [V] or None, for the KL term;
+            the first two come together and are needed unless `kl_coef` is 0; they get no gradient.
+        old_logprobs, advantages, mask, and every other argument: as in `policy_loss_from_logits`.
+        impl: auto or reference.
+
+    Returns:
+        PolicyLoss; only its loss is differentiable, in `hidden`, `weight` and `bias`.
+
+    Raises:
+        ValueError, TypeError: as `policy_loss_from_logits`.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 to 9; softcap: Gemma 2 (arXiv 2408.00118).
+    """
+    check = Checker("linear_policy_loss", "hidden", hidden, dims=3)
+    rows = hidden.shape[:-1]
+    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check_policy(
+        check,
+        old_logprobs,
+        advantages,
+        mask,
+        rows,
+        clip_low,
+        clip_high,
+        dual_clip,
+        reduction,
+        normalizer,
+        log_ratio_clamp,
+    )
+    check.labels(labels, rows, "hidden without its last axis", vocab, mask)
+    check.number("entropy_coef", entropy_coef)
+    check.number("kl_coef", kl_coef)
+    if ref_hidden is not None and ref_weight is not None:
+        _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
+    elif kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
+        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+        check.fail(missing, "is None", "a tensor, since the KL term or another ref_ argument is given")
+    check.temperature(temperature, rows, mask)
+    check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
+    dispatch.resolve("linear_policy_loss", impl, hidden)
+    return reference.linear_policy_loss(
+        hidden,
+        weight,
+        labels,
+        old_logprobs,
+        advantages,
+        mask,
+        bias=bias,
+        softcap=softcap,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        kl_coef=kl_coef,
+        temperature=temperature,
+        reduction=reduction,
+        normalizer=normalizer,
+        log_ratio_clamp=log_ratio_clamp,
+    )
