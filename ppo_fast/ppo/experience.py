@@ -1,0 +1,166 @@
+"""From sampled responses to what the update reads: the four models' opinions, then shaped rewards and advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+
+import ppo_fast
+from ppo_fast.ops.dispatch import Impl
+from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
+from ppo_fast.ppo.models import response_logits, token_scores
+from ppo_fast.ppo.rewards import Reward
+from ppo_fast.records import Experience, Rollout
+
+Rows = Tensor | slice
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with the four models' opinions of it; nothing here asks for a gradient."""
+
+    rollout: Rollout
+    logprobs: Tensor
+    """[B, T] float32, the sampling policy's own: old_logprobs of the update. 0 where masked."""
+    entropy: Tensor
+    """[B, T] float32, nats. 0 where masked."""
+    ref_logprobs: Tensor
+    """[B, T] float32. 0 where masked."""
+    values: Tensor
+    """[B, T] float32, V before each token. 0 where masked."""
+    scores: Tensor
+    """[B] float32, unclipped."""
+    kept_tokens: Tensor | None
+    """[B, T, V] bool under top_p or top_k: what the sampling policy could have chosen. None: everything."""
+
+
+@dataclass(frozen=True)
+class PolicyView:
+    """How a policy's logits become logprobs: the same for sampling policy, reference and every later policy."""
+
+    temperature: float
+    bf16: bool
+    impl: Impl
+
+    def __call__(
+        self, model: PreTrainedModel, rollout: Rollout, rows: Rows, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropy of the response tokens, each [rows, T], differentiable in the model."""
+        return self.score(self.logits(model, rollout, rows), rollout.response_ids[rows], kept)
+
+    def logits(self, model: PreTrainedModel, rollout: Rollout, rows: Rows) -> Tensor:
+        """Logits of the response positions, [rows, T, V]."""
+        ids, mask = rollout.sequences
+        return response_logits(model, ids[rows], mask[rows], rollout.response_ids.shape[1], bf16=self.bf16)
+
+    def score(self, logits: Tensor, labels: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logprobs of the labels and entropy, over the kept tokens alone where a set is given."""
+        if kept is not None:
+            logits = logits.masked_fill(~kept, -torch.inf)
+        return ppo_fast.logprobs_and_entropy_from_logits(
+            logits, labels, temperature=self.temperature, impl=self.impl
+        )
+
+
+def micro_batches(count: int, size: int) -> list[slice]:
+    """Rows 0..count in consecutive slices of at most `size`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@torch.no_grad()
+def score_rollout(
+    rollout: Rollout,
+    *,
+    actor: PreTrainedModel,
+    critic: PreTrainedModel,
+    reference: PreTrainedModel,
+    reward: Reward,
+    view: PolicyView,
+    config: PPOConfig,
+) -> ScoredRollout:
+    """Ask the four models. They work in the micro-batches in which the first epoch will train.
+
+    A row's logits may differ in the last bits with the rows round it, so scoring in the same company makes the first
+    ratio of the update 1 exactly, not nearly.
+    """
+    mask = rollout.response_mask
+    parts = []
+    for rows in micro_batches(mask.shape[0], config.objective.micro_batch_size):
+        labels = rollout.response_ids[rows]
+        logits = view.logits(actor, rollout, rows)
+        kept = kept_tokens(logits, labels, config.rollout)
+        logprobs, entropy = view.score(logits, labels, kept)
+        ref_logprobs, _ = view(reference, rollout, rows, kept)
+        parts.append(
+            (logprobs, entropy, ref_logprobs, response_values(critic, rollout, rows, bf16=view.bf16), kept)
+        )
+    logprobs, entropy, ref_logprobs, values = (
+        torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
+    )
+    kept_parts = [part[4] for part in parts if part[4] is not None]
+    return ScoredRollout(
+        rollout=rollout,
+        logprobs=logprobs.masked_fill(~mask, 0.0),
+        entropy=entropy.masked_fill(~mask, 0.0),
+        ref_logprobs=ref_logprobs.masked_fill(~mask, 0.0),
+        values=values.masked_fill(~mask, 0.0),
+        scores=paid_scores(reward(rollout), rollout, config.rollout),
+        kept_tokens=torch.cat(kept_parts) if kept_parts else None,
+    )
+
+
+def response_values(critic: PreTrainedModel, rollout: Rollout, rows: Rows, *, bf16: bool) -> Tensor:
+    """V before each response token, [rows, T] float32: the critic's head one position to the left of the token."""
+    ids, mask = rollout.sequences
+    length = rollout.response_ids.shape[1]
+    return token_scores(critic, ids[rows], mask[rows], bf16=bf16)[:, -length - 1 : -1]
+
+
+def kept_tokens(logits: Tensor, labels: Tensor, config: RolloutConfig) -> Tensor | None:
+    """Tokens that top_k and top_p leave to choose from, [.., T, V] bool, or None where both are off.
+
+    The sampler truncates its own distribution, so the policy that PPO trains is the renormalised one. The set of the
+    sampling policy is kept for the whole update (ratios then compare like with like, none is 0/0), and is laid on the
+    reference too (at equal weights the KL is 0). The sampled token is always in it: cached generation and scoring may
+    differ in the last bits at the edge of the nucleus.
+    """
+    if config.top_p >= 1.0 and config.top_k == 0:
+        return None
+    warped = logits.float().flatten(0, -2) / config.temperature
+    none = torch.empty(0, dtype=torch.long)
+    if config.top_k:
+        warped = TopKLogitsWarper(config.top_k)(none, warped)
+    if config.top_p < 1.0:
+        warped = TopPLogitsWarper(config.top_p)(none, warped)
+    kept = torch.isfinite(warped).view(logits.shape)
+    return kept.scatter(-1, labels.unsqueeze(-1), True)
+
+
+def paid_scores(scores: Tensor, rollout: Rollout, config: RolloutConfig) -> Tensor:
+    """Scores minus the penalty for a response that never ended. [B]."""
+    if config.missing_eos_penalty is None:
+        return scores
+    return scores - config.missing_eos_penalty * (~rollout.ended).float()
+
+
+def make_experience(
+    scored: ScoredRollout, objective: ObjectiveConfig, kl_coef: float, impl: Impl
+) -> Experience:
+    """KL-shaped rewards, GAE, whitening: one op."""
+    return ppo_fast.shaped_gae(
+        scored.logprobs,
+        scored.ref_logprobs,
+        scored.scores,
+        scored.values,
+        scored.rollout.response_mask,
+        kl_coef=kl_coef,
+        clip_score=objective.clip_score,
+        gamma=objective.gamma,
+        lam=objective.lam,
+        kind=objective.kl_kind,
+        whiten=objective.whiten_advantages,
+        impl=impl,
+    )

@@ -1,0 +1,108 @@
+"""What a run leaves behind while it goes: metrics.jsonl, samples.jsonl, tensorboard, config.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+CONFIG = "config.yaml"
+
+
+class Recorder:
+    """Appends one JSON object a step and one a sample; a line is on disk before the next step begins."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self.folder = folder
+        self.writer = _tensorboard(folder / "tensorboard") if tensorboard else None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write one step's (or evaluation's) numbers; `step` is their place on every axis."""
+        _append(self.folder / METRICS, [record])
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.writer.add_scalar(name, value, record["step"])
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Write the samples of one evaluation."""
+        _append(self.folder / SAMPLES, records)
+
+
+def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Check that a run may write to `folder`; nothing is written here.
+
+    Raises ValueError where the folder holds files already and `resume` is False, or where it holds a run of another
+    config.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} is a file, expected a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    saved = folder / CONFIG
+    if not resume:
+        raise ValueError(f"output_dir {str(folder)!r} is not empty, expected a new folder or resume=auto")
+    if not saved.is_file():
+        raise ValueError(f"output_dir {str(folder)!r} holds files but no {CONFIG}: not a run to resume")
+    _check_same_config(yaml.safe_load(saved.read_text()), config, saved)
+
+
+def open_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Make the run folder and write its config.yaml, unless a run that is resumed has done so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).is_file():
+        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Forget records later than `step`, and a line torn by a kill: the steps that a resumed run will do again."""
+    for name in (METRICS, SAMPLES):
+        path = folder / name
+        if path.is_file():
+            whole = path.read_text().rpartition("\n")[0].splitlines()
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+
+def _check_same_config(saved: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+    differing = [
+        name
+        for name in sorted(set(saved) | set(config))
+        if name != "resume" and saved.get(name) != config.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({', '.join(differing)}), "
+            "expected the same settings to resume, or another output_dir"
+        )
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("a") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _tensorboard(folder: Path) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(folder))

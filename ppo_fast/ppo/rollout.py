@@ -1,0 +1,201 @@
+"""Prompts in, sampled responses out.
+
+Layout: prompts are padded on the left, responses on the right, so that token t of every response stands in column t.
+Masks are made from lengths and from the first end token, never from pad ids: an end token counts as an action
+(the policy chose it), a pad never does, even where a tokenizer gives both the same id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ppo_fast.ppo.config import RolloutConfig
+from ppo_fast.ppo.models import autocast
+from ppo_fast.records import Rollout
+
+PAD_FILLER = 0  # any id will do where a tokenizer has no pad: masks say what counts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: what the user gave, as text, and its tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, where: str) -> list[Prompt]:
+    """Tokens of each record's `prompt`, or of its `messages` through the tokenizer's chat template.
+
+    Raises ValueError naming `where` and the record's number for an empty prompt or a tokenizer without template.
+    """
+    prompts = []
+    for number, record in enumerate(records, start=1):
+        if record.get("messages") is not None:
+            if tokenizer.chat_template is None:
+                raise ValueError(
+                    f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
+                )
+            text = tokenizer.apply_chat_template(
+                record["messages"], tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            text = record["prompt"]
+            ids = tokenizer(text)["input_ids"]
+        if not text.strip() or not ids:
+            raise ValueError(f"{where}: record {number} has an empty prompt, expected text")
+        prompts.append(Prompt(text, tuple(ids)))
+    return prompts
+
+
+def check_lengths(prompts: Sequence[Prompt], model: PreTrainedModel, new_tokens: int, where: str) -> None:
+    """Every prompt and a full response must fit the model's context: ValueError naming the first that does not."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt.ids) + new_tokens > limit:
+            raise ValueError(
+                f"{where}: record {number} has {len(prompt.ids)} tokens; with rollout.max_new_tokens={new_tokens} "
+                f"that is over the context of {limit} tokens: shorten the prompt ({prompt.text[:60]!r}...)"
+            )
+
+
+class PromptSampler:
+    """Draws prompts without replacement, reshuffled at each pass; its whole state is two integers."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self.prompts = prompts
+        self.seed = seed
+        self.drawn = 0
+
+    def draw(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        chosen = []
+        for index in range(self.drawn, self.drawn + count):
+            epoch, place = divmod(index, len(self.prompts))
+            chosen.append(self.prompts[self._order(epoch)[place]])
+        self.drawn += count
+        return chosen
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.prompts), generator=generator).tolist()
+
+
+def generate(
+    actor: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    *,
+    bf16: bool = False,
+) -> Rollout:
+    """One sampled response a prompt, from softmax(logits / temperature) and nothing else unless top_p or top_k ask.
+
+    The model's own generation settings (repetition penalty, minimum length, top-k 50 by default) are set aside while
+    sampling: each would make the sampled distribution another one than the scored one, and the KL meaningless.
+    """
+    size = config.generation_batch_size or len(prompts)
+    ends = end_token_ids(actor, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
+    ids, mask = left_pad(prompts, pad, actor.device)
+    chunks = []
+    with torch.no_grad(), _own_generation_config(actor, GenerationConfig()), autocast(actor.device, bf16):
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            sampled = actor.generate(
+                input_ids=ids[rows],
+                attention_mask=mask[rows].long(),
+                generation_config=sampling_config(config, ends, pad),
+            )
+            chunks.append(_widen(sampled[:, ids.shape[1] :], config.max_new_tokens, pad))
+    response_ids = torch.cat(chunks)
+    response_mask = counted_tokens(response_ids, ends)
+    longest = int(response_mask.sum(1).max())
+    response_ids, response_mask = response_ids[:, :longest], response_mask[:, :longest]
+    return Rollout(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        response_ids=response_ids.masked_fill(~response_mask, pad),
+        response_mask=response_mask,
+        ended=ended(response_ids, response_mask, ends),
+        prompts=[prompt.text for prompt in prompts],
+        responses=decode(tokenizer, response_ids, response_mask),
+    )
+
+
+def sampling_config(config: RolloutConfig, ends: list[int], pad: int) -> GenerationConfig:
+    """Generation settings with every warper that this run does not ask for switched off by name."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS and those of the model's generation settings."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
+
+
+def left_pad(prompts: Sequence[Prompt], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts flush right: ids [B, P] int64 and mask [B, P] bool."""
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        mask[row, width - len(prompt.ids) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def counted_tokens(response_ids: Tensor, ends: Sequence[int]) -> Tensor:
+    """True up to and including the first end token of each row. [B, T] int64 -> [B, T] bool."""
+    is_end = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device))
+    ends_before = is_end.long().cumsum(1) - is_end.long()
+    return ends_before == 0
+
+
+def ended(response_ids: Tensor, response_mask: Tensor, ends: Sequence[int]) -> Tensor:
+    """True where a response holds an end token, False where it was truncated. [B] bool."""
+    is_end = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device))
+    return (is_end & response_mask).any(1)
+
+
+def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:
+    """Text of each response's counted tokens, special tokens left out."""
+    rows = zip(response_ids.tolist(), response_mask.tolist(), strict=True)
+    kept = [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in rows]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _widen(response_ids: Tensor, width: int, pad: int) -> Tensor:
+    return torch.nn.functional.pad(response_ids, (0, width - response_ids.shape[1]), value=pad)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Hide the model's generation settings: generate fills what a given config leaves unset from them."""
+    saved = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = saved
