@@ -1,7 +1,7 @@
-"""Build the native CPU extension `ppo_fast._C`; everything else about the package stands in pyproject.toml.
+"""Build the native CPU extension `ppo_fast._C`; all else about the package stands in pyproject.toml.
 
-The sources see plain pointers, so the build needs a C++17 compiler and pybind11, never torch. One binary carries every
-instruction set and picks at run time: no -march flag, so that a wheel built here runs on any x86-64 or arm64 machine.
+The sources see plain pointers, so the build needs a C++17 compiler and pybind11, never torch. One binary carries
+every instruction set and picks at run time: no -march flag, so that a wheel runs on any machine of its architecture.
 """
 
 from glob import glob

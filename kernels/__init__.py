@@ -1,1 +1,1 @@
-"""Triton kernels with their launchers, installed as `ppo_fast.kernels`: a jit kernel, then its launcher, no autograd."""
+"""Triton kernels and their launchers, installed as `ppo_fast.kernels`; the autograd lives in `ppo_fast.ops`."""

@@ -1,0 +1,140 @@
+// The row ops on a CPU: one body (row.h) compiled for every instruction set, chosen at run time, rows over threads.
+#include "cpu/logits.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/halves.h"
+#include "cpu/threads.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define PPO_FAST_X86 1
+#include <immintrin.h>
+#endif
+
+namespace ppo_fast {
+
+template <class T>
+const T* row_start(const RowGrid& grid, std::int64_t row) {
+  const std::int64_t outer = row / grid.inner_rows;
+  const std::int64_t inner = row % grid.inner_rows;
+  return static_cast<const T*>(grid.logits) + outer * grid.outer_stride + inner * grid.inner_stride;
+}
+
+}  // namespace ppo_fast
+
+// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
+#define PPO_FAST_ISA portable
+#define PPO_FAST_BYTES 16
+#include "cpu/lanes.h"
+#include "row.h"
+#undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
+
+#ifdef PPO_FAST_X86
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PPO_FAST_ISA avx2
+#define PPO_FAST_BYTES 32
+#include "cpu/lanes.h"
+#include "row.h"
+#undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+#define PPO_FAST_ISA avx512
+#define PPO_FAST_BYTES 64
+#include "cpu/lanes.h"
+#include "row.h"
+#undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // PPO_FAST_X86
+
+namespace ppo_fast {
+namespace {
+
+struct RowOps {
+  void (*forward[4])(const RowGrid&, const ForwardOut&, std::int64_t, std::int64_t);    // by DType
+  void (*backward[4])(const RowGrid&, const BackwardIn&, std::int64_t, std::int64_t);  // by DType
+  void (*exp)(const float*, float*, std::int64_t);
+};
+
+#define PPO_FAST_ROW_OPS(isa)                                                                                       \
+  RowOps {                                                                                                          \
+    {isa::forward_rows<float>, isa::forward_rows<double>, isa::forward_rows<BFloat16>, isa::forward_rows<Float16>}, \
+        {isa::backward_rows<float>, isa::backward_rows<double>, isa::backward_rows<BFloat16>,                       \
+         isa::backward_rows<Float16>},                                                                              \
+        isa::exp_rows                                                                                               \
+  }
+
+const RowOps& ops_of(Isa isa) {
+#ifdef PPO_FAST_X86
+  static const RowOps avx2_ops = PPO_FAST_ROW_OPS(avx2);
+  static const RowOps avx512_ops = PPO_FAST_ROW_OPS(avx512);
+  if (isa == Isa::kAvx2) return avx2_ops;
+  if (isa == Isa::kAvx512) return avx512_ops;
+#endif
+  (void)isa;
+  static const RowOps portable_ops = PPO_FAST_ROW_OPS(portable);
+  return portable_ops;
+}
+
+#undef PPO_FAST_ROW_OPS
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+#ifdef PPO_FAST_X86
+  // f16c is not asked for: every processor with AVX2 has it, and older compilers do not know its name here.
+  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::kAvx512) {
+    return isa_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::kPortable;
+}
+
+std::int64_t first_bad_label(const RowGrid& grid) {
+  for (std::int64_t r = 0; r < grid.rows; ++r) {
+    if (grid.labels[r] < 0 || grid.labels[r] >= grid.vocab) return r;
+  }
+  return -1;
+}
+
+void logprob_forward(const RowGrid& grid, const ForwardOut& out, RunOn on) {
+  const auto rows = ops_of(on.isa).forward[static_cast<int>(grid.dtype)];
+  parallel_rows(grid.rows, grid.vocab, on.threads,
+                [&](std::int64_t begin, std::int64_t end) { rows(grid, out, begin, end); });
+}
+
+void logprob_backward(const RowGrid& grid, const BackwardIn& in, RunOn on) {
+  const auto rows = ops_of(on.isa).backward[static_cast<int>(grid.dtype)];
+  parallel_rows(grid.rows, grid.vocab, on.threads,
+                [&](std::int64_t begin, std::int64_t end) { rows(grid, in, begin, end); });
+}
+
+void exp_float32(const float* x, float* y, std::int64_t n, Isa isa) { ops_of(isa).exp(x, y, n); }
+
+}  // namespace ppo_fast

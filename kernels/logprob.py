@@ -1,0 +1,212 @@
+"""Logprob of a label and entropy of each row of logits: forward in one read, backward in one read and one write."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from ppo_fast.kernels.rows import online_softmax_update, row_gradient, row_origin
+from torch import Tensor
+
+STATS = 3  # float32 numbers kept for each row: max x, sum exp(d), sum p d
+
+
+@triton.jit
+def logprob_forward_kernel(
+    logits_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    stats_ptr,
+    temperature,
+    vocab,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    BLOCK: tl.constexpr,
+):
+    """Write logprob = d_label - log sum exp(d) (NaN for a label outside [0, V)), entropy = log sum exp(d) - sum p d."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    if row_temperature_ptr is not None:
+        temperature = tl.load(row_temperature_ptr + row)
+    inverse_temperature = 1.0 / temperature
+
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    weighted = tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+        top, total, weighted = online_softmax_update(top, total, weighted, x, inverse_temperature)
+
+    label = tl.load(labels_ptr + row)
+    in_range = (label >= 0) & (label < vocab)
+    target = tl.load(logits_row + tl.where(in_range, label, 0)).to(tl.float32)
+    log_total = tl.log(total)
+    logprob = (target - top) * inverse_temperature - log_total
+    tl.store(logprobs_ptr + row, tl.where(in_range, logprob, float("nan")))
+    tl.store(entropy_ptr + row, log_total - weighted / total)
+    tl.store(stats_ptr + row * 3, top)
+    tl.store(stats_ptr + row * 3 + 1, total)
+    tl.store(stats_ptr + row * 3 + 2, weighted / total)
+
+
+@triton.jit
+def logprob_backward_kernel(
+    logits_ptr,
+    labels_ptr,
+    row_temperature_ptr,
+    stats_ptr,
+    grad_logprobs_ptr,
+    grad_entropy_ptr,
+    grad_logits_ptr,
+    temperature,
+    vocab,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    BLOCK: tl.constexpr,
+):
+    """Write dx_j = (p_j (a + b d_j) + c [j = label]) / T.
+
+    a = g_entropy sum p d - g_logprob, b = -g_entropy, c = g_logprob. A row whose two upstream gradients are 0 is not
+    read and gets zeros; a predicate does it, since leaving early costs registers.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    if row_temperature_ptr is not None:
+        temperature = tl.load(row_temperature_ptr + row)
+    inverse_temperature = 1.0 / temperature
+
+    g_logprob = 0.0
+    if grad_logprobs_ptr is not None:
+        g_logprob = tl.load(grad_logprobs_ptr + row)
+    g_entropy = 0.0
+    if grad_entropy_ptr is not None:
+        g_entropy = tl.load(grad_entropy_ptr + row)
+    active = (g_logprob != 0.0) | (g_entropy != 0.0)
+    label = tl.load(labels_ptr + row)
+    lost = (g_logprob != 0.0) & ((label < 0) | (label >= vocab))
+    c = tl.where(lost, float("nan"), g_logprob)
+    top = tl.load(stats_ptr + row * 3)
+    inverse_total = 1.0 / tl.load(stats_ptr + row * 3 + 1)
+    a = g_entropy * tl.load(stats_ptr + row * 3 + 2) - c
+
+    columns_read = tl.where(active, vocab, 0)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_row + columns, mask=columns < columns_read, other=0.0).to(tl.float32)
+        dx = row_gradient(x, columns, label, top, inverse_total, inverse_temperature, a, -g_entropy, c)
+        dx = tl.where(active, dx, 0.0).to(grad_logits_ptr.dtype.element_ty)
+        tl.store(grad_logits_ptr + row * vocab + columns, dx, mask=columns < vocab)
+
+
+def launch_options(vocab: int) -> dict[str, int | bool]:
+    """Tile and warps by vocabulary alone, so that a row's result never depends on the batch round it.
+
+    `enable_fp_fusion` is written out because Triton's default changes in 3.10, and parity would move with it.
+    """
+    block = min(triton.next_power_of_2(max(vocab, 16)), 4096)
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _assert_layout(logits: Tensor, labels: Tensor, row_temperature: Tensor | None) -> None:
+    assert logits.stride(-1) == 1 or logits.shape[-1] == 1, (
+        f"rows are not contiguous: strides {logits.stride()}"
+    )
+    assert labels.dtype == torch.int64, f"labels are {labels.dtype}"
+    assert labels.is_contiguous(), f"labels have strides {labels.stride()}"
+    if row_temperature is not None:
+        assert row_temperature.is_contiguous(), f"temperature has strides {row_temperature.stride()}"
+        assert row_temperature.numel() == labels.numel(), (
+            f"{row_temperature.numel()} temperatures for {labels.numel()} rows"
+        )
+
+
+def logprob_forward(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    row_temperature: Tensor | None,
+    inner_rows: int,
+    outer_stride: int,
+    inner_stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch one program a row; return float32 logprobs [...], entropy [...] and stats [N, 3] for the backward.
+
+    logits [..., V] float32, bfloat16 or float16 with contiguous rows; labels int64 [...], contiguous; row r of N
+    starts (r // inner_rows) * outer_stride + (r % inner_rows) * inner_stride elements after the first row.
+    """
+    _assert_layout(logits, labels, row_temperature)
+    rows, vocab = labels.numel(), logits.shape[-1]
+    logprobs = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(logprobs)
+    stats = torch.empty((rows, STATS), dtype=torch.float32, device=logits.device)
+    if rows == 0:
+        return logprobs, entropy, stats
+    with _on_device_of(logits):
+        logprob_forward_kernel[(rows,)](
+            logits_ptr=logits,
+            labels_ptr=labels,
+            row_temperature_ptr=row_temperature,
+            logprobs_ptr=logprobs,
+            entropy_ptr=entropy,
+            stats_ptr=stats,
+            temperature=temperature,
+            vocab=vocab,
+            inner_rows=inner_rows,
+            outer_stride=outer_stride,
+            inner_stride=inner_stride,
+            **launch_options(vocab),
+        )
+    return logprobs, entropy, stats
+
+
+def logprob_backward(
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    *,
+    temperature: float,
+    row_temperature: Tensor | None,
+    inner_rows: int,
+    outer_stride: int,
+    inner_stride: int,
+) -> Tensor:
+    """Launch one program a row; return the gradient [..., V], contiguous, in the dtype of the logits.
+
+    Arguments of the forward, its stats, and the upstream gradients: float32 [...], contiguous, None for zeros.
+    """
+    _assert_layout(logits, labels, row_temperature)
+    for name, grad in (("grad_logprobs", grad_logprobs), ("grad_entropy", grad_entropy)):
+        assert grad is None or grad.is_contiguous(), f"{name} is not contiguous"
+    rows, vocab = labels.numel(), logits.shape[-1]
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if rows == 0:
+        return grad_logits
+    with _on_device_of(logits):
+        logprob_backward_kernel[(rows,)](
+            logits_ptr=logits,
+            labels_ptr=labels,
+            row_temperature_ptr=row_temperature,
+            stats_ptr=stats,
+            grad_logprobs_ptr=grad_logprobs,
+            grad_entropy_ptr=grad_entropy,
+            grad_logits_ptr=grad_logits,
+            temperature=temperature,
+            vocab=vocab,
+            inner_rows=inner_rows,
+            outer_stride=outer_stride,
+            inner_stride=inner_stride,
+            **launch_options(vocab),
+        )
+    return grad_logits

@@ -1,0 +1,305 @@
+"""Logprob of a label and entropy of each row in one pass over the logits: C++ on a CPU, Triton on a GPU.
+
+Both backends are one `torch.library` operator, so that `torch.compile` traces through without a graph break.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import build
+
+CPU_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # codes of csrc/cpu/logits.h
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Settled once, at import: `unavailable` is traced into compiled graphs, and Triton reads its variable once too.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(impl: str, logits: Tensor) -> str | None:
+    """Say why `impl` ("cpu" or "triton") cannot run on these logits, or return None if it can."""
+    if impl == "cpu":
+        return _cpu_unavailable(logits)
+    if impl == "triton":
+        return _triton_unavailable(logits)
+    return f"there is no fused logprob of the name {impl!r}, only cpu and triton"
+
+
+def _cpu_unavailable(logits: Tensor) -> str | None:
+    if build.MISSING_REASON is not None:
+        return build.MISSING_REASON
+    if logits.device.type != "cpu":
+        return f"it needs logits on the cpu, these are on {logits.device}"
+    if logits.dtype not in CPU_DTYPES:
+        return f"it has no kernel for {logits.dtype}"
+    return None
+
+
+def _triton_unavailable(logits: Tensor) -> str | None:
+    if not _TRITON_INSTALLED:
+        return "triton is not installed; `pip install ppo-fast[triton]` brings it"
+    if logits.device.type == "cpu" and not _TRITON_INTERPRETED:
+        return "the logits are on the cpu, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+    if logits.device.type not in ("cpu", "cuda"):
+        return f"it needs logits on a GPU, these are on {logits.device}"
+    if logits.dtype not in TRITON_DTYPES:
+        return f"it has no kernel for {logits.dtype}"
+    return None
+
+
+def logprobs_and_entropy(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return log p[label] and the entropy of p = softmax(logits / temperature), differentiable in `logits`.
+
+    With d_j = (x_j - max x) / T: logprob = d_label - log sum exp(d), H = log sum exp(d) - sum p d, and
+    dlogprob/dx_j = ([j = label] - p_j) / T, dH/dx_j = -p_j (d_j - sum p d) / T. A probability of 0 (a logit of
+    -inf) adds nothing to either. Differentiable once; a row with both upstream gradients 0 is not read again.
+    The sums are taken online in one pass (Milakov and Gimelshein 2018).
+
+    Args:
+        logits: [..., V] float32, bfloat16 or float16 (float64 with `impl="cpu"`), on any strides; where its rows
+            are not contiguous, or have more than two levels of stride, it is copied first. The gradient has its dtype.
+        labels: int64 [...], each in [0, V). Out of range: ValueError from "cpu", NaN from "triton".
+        temperature: a positive float, or a tensor [...] of them, one a row; it gets no gradient.
+        impl: "cpu" or "triton".
+
+    Returns:
+        logprobs [...] and entropy [...] in nats, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: an `impl` that cannot run here, with the reason; V = 0; a temperature that wants a gradient.
+    """
+    reason = unavailable(impl, logits)
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} is not available: {reason}")
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"`logits` has shape {tuple(logits.shape)}, expected a vocabulary of at least one token"
+        )
+    if not isinstance(temperature, Tensor):
+        logprobs, entropy, _ = logprob_entropy(logits, labels, float(temperature), None, impl)
+        return logprobs, entropy
+    if temperature.requires_grad:
+        raise ValueError(
+            "`temperature` requires a gradient, which this implementation does not have; detach it"
+        )
+    logprobs, entropy, _ = logprob_entropy(logits, labels, 1.0, temperature, impl)
+    return logprobs, entropy
+
+
+@dataclass(frozen=True)
+class RowGrid:
+    """Rows of `logits` on two levels of stride, in elements.
+
+    Row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * inner_stride.
+    """
+
+    logits: Tensor
+    inner_rows: int
+    outer_stride: int
+    inner_stride: int
+
+
+def row_grid(logits: Tensor) -> RowGrid:
+    """Fold the leading axes of `logits` into at most two levels of stride; copy only where they do not fold.
+
+    `logits[:, :-1]` of a contiguous [B, T, V] folds to B x (T - 1) rows with strides T V and V: no copy.
+    """
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return row_grid(logits.contiguous())
+    levels: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == stride * size:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return row_grid(logits.contiguous())
+    (_, outer_stride), (inner_rows, inner_stride) = [(1, 0)] * (2 - len(levels)) + levels
+    return RowGrid(logits, max(1, inner_rows), outer_stride, inner_stride)
+
+
+def _output_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _stats_dtype(impl: str) -> torch.dtype:
+    return torch.float64 if impl == "cpu" else torch.float32
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+@torch.library.custom_op("ppo_fast::logprob_entropy", mutates_args=())
+def logprob_entropy(
+    logits: Tensor, labels: Tensor, temperature: float, row_temperature: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operator behind `logprobs_and_entropy`; its third output [N, 3] is what the backward needs of each row."""
+    rows = row_grid(logits)
+    labels = labels.contiguous()
+    if impl == "cpu":
+        return _cpu_forward(rows, labels, temperature, _flat(row_temperature, torch.float64))
+    from ppo_fast.kernels import logprob
+
+    return logprob.logprob_forward(
+        logits=rows.logits,
+        labels=labels,
+        temperature=temperature,
+        row_temperature=_flat(row_temperature, torch.float32),
+        inner_rows=rows.inner_rows,
+        outer_stride=rows.outer_stride,
+        inner_stride=rows.inner_stride,
+    )
+
+
+@logprob_entropy.register_fake
+def _(
+    logits: Tensor, labels: Tensor, temperature: float, row_temperature: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = logits.new_empty(labels.shape, dtype=_output_dtype(logits))
+    stats = logits.new_empty((labels.numel(), 3), dtype=_stats_dtype(impl))
+    return logprobs, torch.empty_like(logprobs), stats
+
+
+@torch.library.custom_op("ppo_fast::logprob_entropy_backward", mutates_args=())
+def logprob_entropy_backward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    impl: str,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient [..., V] of the operator above from the gradients of its outputs; None stands for zeros."""
+    rows = row_grid(logits)
+    labels = labels.contiguous()
+    grads = [_flat(grad, _output_dtype(logits)) for grad in (grad_logprobs, grad_entropy)]
+    if impl == "cpu":
+        return _cpu_backward(rows, labels, temperature, _flat(row_temperature, torch.float64), stats, *grads)
+    from ppo_fast.kernels import logprob
+
+    return logprob.logprob_backward(
+        logits=rows.logits,
+        labels=labels,
+        stats=stats,
+        grad_logprobs=grads[0],
+        grad_entropy=grads[1],
+        temperature=temperature,
+        row_temperature=_flat(row_temperature, torch.float32),
+        inner_rows=rows.inner_rows,
+        outer_stride=rows.outer_stride,
+        inner_stride=rows.inner_stride,
+    )
+
+
+@logprob_entropy_backward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    impl: str,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _native_grid(
+    rows: RowGrid, labels: Tensor, temperature: float, row_temperature: Tensor | None
+) -> Any:  # ppo_fast._C.RowGrid
+    return build.extension().RowGrid(
+        logits=rows.logits.data_ptr(),
+        dtype=CPU_DTYPES[rows.logits.dtype],
+        rows=labels.numel(),
+        vocab=rows.logits.shape[-1],
+        inner_rows=rows.inner_rows,
+        outer_stride=rows.outer_stride,
+        inner_stride=rows.inner_stride,
+        labels=labels.data_ptr(),
+        temperature=temperature,
+        row_temperature=_address(row_temperature),
+    )
+
+
+def _cpu_forward(
+    rows: RowGrid, labels: Tensor, temperature: float, row_temperature: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = torch.empty(labels.shape, dtype=_output_dtype(rows.logits))
+    entropy = torch.empty_like(logprobs)
+    stats = torch.empty((labels.numel(), 3), dtype=torch.float64)
+    build.extension().logprob_forward(
+        _native_grid(rows, labels, temperature, row_temperature),
+        logprobs=logprobs.data_ptr(),
+        entropy=entropy.data_ptr(),
+        stats=stats.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=build.selected_isa(),
+    )
+    return logprobs, entropy, stats
+
+
+def _cpu_backward(
+    rows: RowGrid,
+    labels: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    grad_logits = torch.empty(rows.logits.shape, dtype=rows.logits.dtype)
+    build.extension().logprob_backward(
+        _native_grid(rows, labels, temperature, row_temperature),
+        stats=stats.contiguous().data_ptr(),
+        grad_logprobs=_address(grad_logprobs),
+        grad_entropy=_address(grad_entropy),
+        grad_logits=grad_logits.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=build.selected_isa(),
+    )
+    return grad_logits
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, ctx.temperature, row_temperature, ctx.impl = inputs
+    ctx.save_for_backward(logits, labels, row_temperature, output[2])
+    ctx.set_materialize_grads(
+        False
+    )  # an output nobody used arrives as None, and the kernel leaves its term out
+
+
+def _backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: Tensor | None
+) -> tuple[Tensor | None, None, None, None, None]:
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None, None
+    logits, labels, row_temperature, stats = ctx.saved_tensors
+    grad_logits = logprob_entropy_backward(
+        logits, labels, ctx.temperature, row_temperature, ctx.impl, stats, grad_logprobs, grad_entropy
+    )
+    return grad_logits, None, None, None, None
+
+
+logprob_entropy.register_autograd(_backward, setup_context=_save_for_backward)
