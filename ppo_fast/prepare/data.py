@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-type Row = dict[str, Any]
+Row = dict[str, Any]
 
 
 def read_jsonl(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]:
@@ -21,8 +21,8 @@ def read_jsonl(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]
         The objects in the order of the file, other keys included.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object, or lacks the keys (the message names file, line and keys); or the
+        FileNotFoundError: there is no such file. ValueError: a line is not a JSON object, or lacks the keys
+        (the message names file, line and keys); or the
             file holds no rows.
     """
     rows = list(_checked(Path(path), _json_lines(_existing(path)), required))
@@ -30,7 +30,7 @@ def read_jsonl(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]
 
 
 def read_csv(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]:
-    """Read a csv file with a header line; every value is a string. Arguments and errors are `read_jsonl`'s."""
+    """Read a csv file with a header line, every value a string; arguments and errors as `read_jsonl`."""
     with _existing(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = list(_checked(Path(path), ((reader.line_num, row) for row in reader), required))
@@ -51,7 +51,9 @@ def strings(path: str | Path, rows: list[Row], key: str) -> list[str]:
     for number, row in enumerate(rows, start=1):
         value = row[key]
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{path}: row {number}: {key!r} is {_short(value)}, expected text that is not blank")
+            raise ValueError(
+                f"{path}: row {number}: {key!r} is {_short(value)}, expected text that is not blank"
+            )
     return [row[key] for row in rows]
 
 
@@ -72,7 +74,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: line {number}: not UTF-8 ({error.reason})") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}: not JSON ({error.msg}, column {error.colno})") from error
+            raise ValueError(
+                f"{path}: line {number}: not JSON ({error.msg}, column {error.colno})"
+            ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number}: {_short(row)}, expected a JSON object")
         yield number, row
