@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PURPLE = "#2a6fb0", "#c8641b", "#3c8a4e", "#7d5ba6"
 GREY = "#8a8f98"
-PIXELS_PER_INCH = 160
-WIDTH, HEIGHT, EXTRA_HEIGHT = 8.0, 5.0, 1.8
-"""Inches; the extra is for each panel beyond two."""
+PIXELS_PER_INCH = 200
+WIDTH, HEIGHT, EXTRA_HEIGHT = 6.4, 4.0, 1.4
+"""Inches; the extra is for each panel beyond two. Small, so that the letters stay legible on a phone."""
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
@@ -55,6 +55,11 @@ class Panel:
     lines: tuple[Line, ...]
     mark_start: bool = False
     from_zero: bool = False
+
+    @property
+    def has_legend(self) -> bool:
+        """Whether there is more than one thing to tell apart."""
+        return self.mark_start or len(self.lines) > 1
 
 
 @dataclass(frozen=True)
@@ -135,11 +140,7 @@ def _reward_panels(run: RunRecord) -> tuple[Panel, ...]:
     judges = tuple(
         Panel(
             judge.removeprefix("eval/"),
-            (
-                Line(
-                    judge, f"{judge.removeprefix('eval/')} (outside judge), held-out prompts", colours[i % 3]
-                ),
-            ),
+            (Line(judge, f"{judge.removeprefix('eval/')}, outside judge", colours[i % 3]),),
             mark_start=True,
         )
         for i, judge in enumerate(run.judges)
@@ -161,7 +162,7 @@ def _length_panels() -> tuple[Panel, ...]:
         Panel(
             "ended by\nthemselves",
             (
-                Line("response/eos_fraction", "fraction with an end-of-sequence token", GREEN),
+                Line("response/eos_fraction", "fraction of training batches", GREEN),
                 Line("eval/eos_fraction", "held-out prompts", ORANGE),
             ),
             from_zero=True,
@@ -186,6 +187,7 @@ def _draw(curve: Curve, run: RunRecord) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
 
     panels = len(curve.panels)
     window = smoothing_window(len(run.training))
@@ -198,12 +200,13 @@ def _draw(curve: Curve, run: RunRecord) -> Path:
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         for panel, ax in zip(curve.panels, axes, strict=True):
             _draw_panel(panel, ax, run, window)
-        axes[0].set_title(curve.title, loc="left", fontsize=13, fontweight="bold", pad=28)
+        pad = 28 if curve.panels[0].has_legend else 10
+        axes[0].set_title(curve.title, loc="left", fontsize=13, fontweight="bold", pad=pad)
         if window > 1:
             note = f"pale: every step, bold: mean of {window} steps"
-            axes[0].set_title(note, loc="right", fontsize=9.5, color=GREY, pad=28)
+            axes[0].set_title(note, loc="right", fontsize=9.5, color=GREY, pad=pad)
         axes[-1].set_xlabel("PPO step")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.align_ylabels()
         figure.savefig(run.path / curve.file)
     return run.path / curve.file
@@ -224,7 +227,7 @@ def _draw_panel(panel: Panel, ax: Axes, run: RunRecord, window: int) -> None:
     if panel.from_zero:
         low, high = min(0.0, *values), max(0.0, *values)
         ax.set_ylim(1.08 * low, 1.08 * high if high > low else 1.0)
-    if panel.mark_start or len(panel.lines) > 1:
+    if panel.has_legend:
         # Above the axes, so that no curve runs under it.
         ax.legend(
             loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=4, borderaxespad=0.2, handlelength=1.6

@@ -21,25 +21,33 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "objective/kl": Metric(
         "nats per sequence",
-        "mean over responses of the summed log-probability ratio, sampling policy to reference",
+        "KL of the sampling policy from the reference, estimated per token and summed over a response",
     ),
     "objective/kl_coef": Metric("reward per nat", "weight of the KL term in the reward during this step"),
     "objective/rlhf_reward": Metric(
-        "reward", "score plus the KL term, a response's whole reward: what PPO maximises"
+        "reward",
+        "score as paid (clipped) plus the KL term, a response's whole reward: what PPO maximises",
     ),
     "objective/non_score_reward": Metric(
         "reward", "the KL term alone, summed over a response: -kl_coef x KL"
     ),
-    "objective/entropy": Metric("nats per token", "mean entropy of the policy's next-token distribution"),
-    "loss/policy": Metric("", "clipped policy loss, mean over the step's updates"),
+    "objective/entropy": Metric(
+        "nats per token",
+        "mean entropy of the sampling policy's next-token distribution",
+    ),
+    "loss/policy": Metric(
+        "",
+        "clipped policy loss, less the entropy bonus if any, mean over the step's updates",
+    ),
     "loss/value": Metric("reward squared", "clipped value loss, mean over the step's updates"),
     "policy/approx_kl": Metric(
         "nats per token",
-        "how far the updates moved the policy from the one that sampled; 0 on the first minibatch",
+        "mean of ratio - 1 - log ratio: how far the updates moved the policy; 0 on the first minibatch",
     ),
     "policy/clip_fraction": Metric("fraction", "share of tokens whose ratio the clip held back"),
     "policy/ratio_mean": Metric("", "mean of the probability ratio new to old; 1 means no move"),
     "policy/ratio_max": Metric("", "largest probability ratio new to old of any token"),
+    "policy/entropy": Metric("nats per token", "as `objective/entropy`, of the policy while it is updated"),
     "value/clip_fraction": Metric("fraction", "share of tokens whose value loss is the clipped one"),
     "value/explained_variance": Metric(
         "",
@@ -72,7 +80,10 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "eval/score": Metric("reward", "mean score of the responses to held-out prompts"),
     "eval/score_std": Metric("reward", "standard deviation of that score over the held-out prompts"),
-    "eval/kl": Metric("nats per sequence", "as `objective/kl`, on held-out prompts"),
+    "eval/kl": Metric(
+        "nats per sequence",
+        "mean summed log-probability ratio of policy to reference, on held-out prompts",
+    ),
     "eval/length_mean": Metric("tokens", "mean response length on held-out prompts"),
     "eval/eos_fraction": Metric("fraction", "share of held-out responses that ended by themselves"),
     "eval/<judge>": Metric(

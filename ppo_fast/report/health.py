@@ -60,12 +60,8 @@ def _end(values: Sequence[float]) -> float:
 
 
 def _not_finite(metrics: Sequence[Metrics]) -> Iterator[str]:
-    # Returns that are all alike have no variance to explain: NaN is then the right answer, not a fault.
     bad = [
-        (entry["step"], key)
-        for entry in metrics
-        for key, value in entry.items()
-        if key != "value/explained_variance" and not math.isfinite(value)
+        (entry["step"], key) for entry in metrics for key, value in entry.items() if not math.isfinite(value)
     ]
     if bad:
         first = min(step for step, _ in bad)

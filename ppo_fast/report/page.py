@@ -42,8 +42,10 @@ def write_report(run: RunRecord | str | Path) -> Path:
     record = read_run(run)
     images = draw_curves(record)
     page = record.path / "report.html"
-    page.write_text(render_page(record, images), encoding="utf-8")
-    return page
+    # A page that is there is whole: it takes its name only when it is written.
+    unfinished = record.path / "report.html.part"
+    unfinished.write_text(render_page(record, images), encoding="utf-8")
+    return unfinished.replace(page)
 
 
 def render_page(run: RunRecord, images: Sequence[Path]) -> str:
@@ -143,7 +145,9 @@ def _timing(run: RunRecord) -> str:
     if whole <= 0:
         return ""
     spent = [(*TIMED[key], sum(step.get(key, 0.0) for step in run.training)) for key in TIMED]
-    spent.append(("other", OTHER_COLOUR, max(0.0, whole - sum(seconds for _, _, seconds in spent))))
+    rest = whole - sum(seconds for _, _, seconds in spent)
+    if rest > 0.001 * whole:
+        spent.append(("other", OTHER_COLOUR, rest))
     bar = "".join(
         f'<span style="width:{100 * seconds / whole:.2f}%;background:{colour}" title="{label}"></span>'
         for label, colour, seconds in spent

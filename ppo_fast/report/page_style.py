@@ -22,11 +22,11 @@ h2 { margin: 2.5rem 0 .8rem; font-size: 1.2rem; }
 h3 { margin: 1.4rem 0 .6rem; font-size: 1rem; color: var(--soft); font-weight: 600; }
 p, ul { max-width: 46rem; }
 .soft { color: var(--soft); font-size: .9rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; }
 .tile, figure, .sample, .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: .8rem 1rem; }
+.tile { padding: .7rem .9rem; }
 .tile .label { color: var(--soft); font-size: .85rem; }
-.tile .value { font-size: 1.35rem; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tile .value { font-size: 1.15rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile .value .from { color: var(--soft); font-weight: 400; }
 .warnings { margin: 1.2rem 0; padding: .8rem 1rem .8rem 2.2rem; max-width: none;
   background: var(--warn-paper); color: var(--warn-ink); border: 1px solid var(--warn-line);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,19 +73,28 @@ class RunRecord:
         steps = sorted({sample.step for sample in self.samples})
         if len(steps) < 2:
             return []
-        first = {sample.prompt: sample for sample in self.samples if sample.step == steps[0]}
-        last = {sample.prompt: sample for sample in self.samples if sample.step == steps[-1]}
-        found = [SamplePair(first[prompt], last[prompt]) for prompt in first if prompt in last]
+        first, last = self._by_prompt(steps[0]), self._by_prompt(steps[-1])
+        found = [SamplePair(first[key], last[key]) for key in first if key in last]
         # NaN compares false with everything and would scramble the order: such pairs go last.
         return sorted(found, key=lambda pair: math.inf if math.isnan(pair.gain) else -pair.gain)
+
+    def _by_prompt(self, step: int) -> dict[tuple[str, int], Sample]:
+        """The samples of a step by prompt and, for a prompt that is there several times, its occurrence."""
+        seen: Counter[str] = Counter()
+        found = {}
+        for sample in self.samples:
+            if sample.step == step:
+                found[sample.prompt, seen[sample.prompt]] = sample
+                seen[sample.prompt] += 1
+        return found
 
 
 def read_run(run: str | Path | RunRecord) -> RunRecord:
     """Read the folder of a run.
 
     `metrics.jsonl` must be there with at least one training step; `samples.jsonl`, `config.yaml` and
-    `environment.json` may be missing. A run that was interrupted and resumed repeats steps: of two lines
-    for one step the later counts, and likewise for two samples of one step and prompt.
+    `environment.json` may be missing. Of two lines for one step the later counts. A last line that breaks off
+    without its newline was torn by a kill, or is being written: it is left out.
 
     Raises ValueError naming file and line for anything that cannot be read. A RunRecord is returned as it
     is.
@@ -132,16 +142,15 @@ def _numbers(entry: Mapping[str, Any], place: str) -> Metrics:
 def _read_samples(file: Path) -> tuple[Sample, ...]:
     if not file.is_file():
         return ()
-    kept: dict[tuple[int, str], Sample] = {}
+    samples = []
     for place, entry in _json_lines(file):
         try:
-            sample = _sample(entry)
+            samples.append(_sample(entry))
         except KeyError as error:
             raise ValueError(f"{place}: a sample needs the key {error}, got {sorted(entry)}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{place}: not a sample: {error}") from error
-        kept[sample.step, sample.prompt] = sample
-    return tuple(kept.values())
+    return tuple(samples)
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
@@ -162,7 +171,7 @@ def _number_or_nan(value: Any) -> float:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a jsonl file with its place in words, `file, line n`; blank lines are skipped."""
+    """Each object of a jsonl file with its place in words, `file, line n`; no blank lines, no torn last one."""
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -171,6 +180,8 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    return
                 raise ValueError(f"{place}: not JSON ({error.msg}): {line.strip()[:80]!r}") from error
             if not isinstance(entry, dict):
                 raise ValueError(f"{place}: expected a JSON object, got {line.strip()[:80]!r}")

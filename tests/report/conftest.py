@@ -53,6 +53,7 @@ def training_step(step: int, steps: int = 40) -> dict[str, Any]:
         "objective/entropy": 3.1 - 0.9 * rise + noise(0, 0.05),
         "loss/policy": -0.02 + noise(0, 0.015),
         "loss/value": 0.7 * math.exp(-2 * done) + abs(noise(0, 0.05)),
+        "policy/entropy": 3.05 - 0.9 * rise,
         "policy/approx_kl": 0.004 + abs(noise(0, 0.001)),
         "policy/clip_fraction": 0.08 + 0.04 * done + abs(noise(0, 0.01)),
         "policy/ratio_mean": 1.0 + noise(0, 0.002),

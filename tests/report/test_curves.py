@@ -47,8 +47,8 @@ def test_a_second_judge_gets_axes_of_its_own(make_run: Any) -> None:
     folder = make_run(
         steps=4, change=lambda line: line | ({"eval/length_judge": 1.0} if "event" in line else {})
     )
-    # One panel more: 1.8 inches of 160 pixels.
-    assert png_size(draw_curves(folder)[0]) == (1280, 800 + 288)
+    # One panel more: 1.4 inches of 200 pixels.
+    assert png_size(draw_curves(folder)[0]) == (1280, 800 + 280)
 
 
 def test_one_step_without_evaluation_is_drawn_as_points(make_run: Any) -> None:

@@ -57,10 +57,6 @@ def test_non_finite_values_are_named_with_their_first_step(key: str, value: floa
     assert warning.startswith(f"NaN or infinite values from step 7 on in {key.replace('__', '/')}.")
 
 
-def test_undefined_explained_variance_is_no_fault() -> None:
-    assert warnings_for(steps(value__explained_variance=math.nan)) == []
-
-
 def test_strongly_negative_kl_is_shouted_about_with_its_lowest_step() -> None:
     [warning] = warnings_for(steps(objective__kl=lambda step: -927.0 if step == 4 else 2.0))
     assert "strongly negative: -927 nats per sequence at step 4" in warning

@@ -38,6 +38,25 @@ def test_pairs_match_prompts_between_first_and_last_step_largest_gain_first(make
     assert (pairs[0].before.step, pairs[0].after.step) == (0, 4)
 
 
+def test_a_prompt_that_is_there_twice_makes_two_pairs(make_run: Any) -> None:
+    folder = make_run(steps=4)
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["prompt"] = "The same"
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [round(pair.gain, 2) for pair in read_run(folder).pairs()] == [1.7, 1.61, 1.52, 1.43, 1.34, 1.25]
+
+
+def test_a_torn_last_line_is_left_out(make_run: Any) -> None:
+    folder = make_run(steps=2)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 3, "objec')
+    run = read_run(folder)
+    assert [entry["step"] for entry in run.training] == [1, 2]
+    assert len(run.samples) == 12
+
+
 def test_a_pair_without_a_score_comes_last(make_run: Any) -> None:
     folder = make_run(steps=4)
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
