@@ -160,9 +160,9 @@ def _length_panels() -> tuple[Panel, ...]:
             from_zero=True,
         ),
         Panel(
-            "ended by\nthemselves",
+            "fraction that\nended itself",
             (
-                Line("response/eos_fraction", "fraction of training batches", GREEN),
+                Line("response/eos_fraction", "training batches", GREEN),
                 Line("eval/eos_fraction", "held-out prompts", ORANGE),
             ),
             from_zero=True,
