@@ -2,7 +2,6 @@
 // strides in elements and a dtype code: no torch header is read, so one binary serves every torch version.
 #include <pybind11/pybind11.h>
 
-#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -46,15 +45,15 @@ T* pointer(std::uintptr_t address) {
 }
 
 RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t inner_rows,
-                     std::int64_t outer_stride, std::int64_t inner_stride, std::uintptr_t labels, double temperature,
-                     std::uintptr_t row_temperature) {
+                     std::int64_t outer_stride, std::int64_t inner_stride, std::uintptr_t labels,
+                     std::uintptr_t temperature, std::int64_t temperature_stride) {
   require(dtype >= 0 && dtype <= 3, "dtype is code " + std::to_string(dtype) + ", expected 0 to 3");
   require(rows >= 0, "rows is " + std::to_string(rows) + ", expected 0 or more");
   require(vocab >= 1, "vocab is " + std::to_string(vocab) + ", expected 1 or more");
   require(inner_rows >= 1, "inner_rows is " + std::to_string(inner_rows) + ", expected 1 or more");
-  require(rows == 0 || (logits != 0 && labels != 0), "logits or labels is a null address");
-  require(row_temperature != 0 || (std::isfinite(temperature) && temperature > 0),
-          "temperature is " + std::to_string(temperature) + ", expected a positive number");
+  require(rows == 0 || (logits != 0 && labels != 0 && temperature != 0), "an input is a null address");
+  require(temperature_stride == 0 || temperature_stride == 1,
+          "temperature_stride is " + std::to_string(temperature_stride) + ", expected 0 or 1");
   RowGrid grid{pointer<const void>(logits),
                static_cast<DType>(dtype),
                rows,
@@ -63,11 +62,18 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
                outer_stride,
                inner_stride,
                pointer<const std::int64_t>(labels),
-               temperature,
-               pointer<const double>(row_temperature)};
-  const std::int64_t bad = first_bad_label(grid);
-  require(bad < 0, "labels holds " + (bad < 0 ? std::string() : std::to_string(grid.labels[bad])) + " at flat position " +
-                       std::to_string(bad) + ", expected a token in [0, " + std::to_string(vocab) + ")");
+               pointer<const double>(temperature),
+               temperature_stride};
+  const std::int64_t label = first_bad_label(grid);
+  if (label >= 0) {
+    throw py::value_error("labels holds " + std::to_string(grid.labels[label]) + " at flat position " +
+                          std::to_string(label) + ", expected a token in [0, " + std::to_string(vocab) + ")");
+  }
+  const std::int64_t cold = first_bad_temperature(grid);
+  if (cold >= 0) {
+    throw py::value_error("temperature holds " + std::to_string(grid.temperature[cold * temperature_stride]) +
+                          " at flat position " + std::to_string(cold) + ", expected a positive number");
+  }
   return grid;
 }
 
@@ -130,7 +136,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<RowGrid>(m, "RowGrid", "Checked addresses, sizes and strides of [rows, vocab] logits with their labels.")
       .def(py::init(&checked_grid), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
            py::arg("vocab"), py::arg("inner_rows"), py::arg("outer_stride"), py::arg("inner_stride"),
-           py::arg("labels"), py::arg("temperature"), py::arg("row_temperature"));
+           py::arg("labels"), py::arg("temperature"),
+           py::arg("temperature_stride"));
   m.def("logprob_forward", &forward, py::arg("grid"), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
         py::arg("stats"), py::arg("threads"), py::arg("isa"));
   m.def("logprob_backward", &backward, py::arg("grid"), py::kw_only(), py::arg("stats"), py::arg("grad_logprobs"),

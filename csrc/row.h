@@ -132,7 +132,7 @@ void forward_rows(const RowGrid& grid, const ForwardOut& out, std::int64_t begin
   using C = Compute<T>;
   for (std::int64_t r = begin; r < end; ++r) {
     const T* x = row_start<T>(grid, r);
-    const double temperature = grid.row_temperature != nullptr ? grid.row_temperature[r] : grid.temperature;
+    const double temperature = grid.temperature[r * grid.temperature_stride];
     const RowStats stats = row_forward(x, grid.vocab, temperature);
     const double log_total = std::log(stats.total);
     const double d = (widen(x[grid.labels[r]]) - stats.top) / temperature;
@@ -155,7 +155,7 @@ void backward_rows(const RowGrid& grid, const BackwardIn& in, std::int64_t begin
       std::memset(static_cast<void*>(dx), 0, grid.vocab * sizeof(T));
       continue;
     }
-    const double temperature = grid.row_temperature != nullptr ? grid.row_temperature[r] : grid.temperature;
+    const double temperature = grid.temperature[r * grid.temperature_stride];
     row_backward(row_start<T>(grid, r), dx, grid.vocab, grid.labels[r], temperature, in.stats[r], g_logprob, g_entropy);
   }
 }

@@ -15,11 +15,11 @@ STATS = 3  # float32 numbers kept for each row: max x, sum exp(d), sum p d
 def logprob_forward_kernel(
     logits_ptr,
     labels_ptr,
-    row_temperature_ptr,
+    temperature_ptr,
     logprobs_ptr,
     entropy_ptr,
     stats_ptr,
-    temperature,
+    temperature_stride,
     vocab,
     inner_rows,
     outer_stride,
@@ -29,9 +29,7 @@ def logprob_forward_kernel(
     """Write logprob = d_label - log sum exp(d) (NaN for a label outside [0, V)), entropy = log sum exp(d) - sum p d."""
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
-    if row_temperature_ptr is not None:
-        temperature = tl.load(row_temperature_ptr + row)
-    inverse_temperature = 1.0 / temperature
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
 
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -57,12 +55,12 @@ def logprob_forward_kernel(
 def logprob_backward_kernel(
     logits_ptr,
     labels_ptr,
-    row_temperature_ptr,
+    temperature_ptr,
     stats_ptr,
     grad_logprobs_ptr,
     grad_entropy_ptr,
     grad_logits_ptr,
-    temperature,
+    temperature_stride,
     vocab,
     inner_rows,
     outer_stride,
@@ -76,9 +74,7 @@ def logprob_backward_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
-    if row_temperature_ptr is not None:
-        temperature = tl.load(row_temperature_ptr + row)
-    inverse_temperature = 1.0 / temperature
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
 
     g_logprob = 0.0
     if grad_logprobs_ptr is not None:
@@ -116,35 +112,33 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _assert_layout(logits: Tensor, labels: Tensor, row_temperature: Tensor | None) -> None:
+def _assert_layout(logits: Tensor, labels: Tensor, temperature: Tensor) -> None:
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, (
         f"rows are not contiguous: strides {logits.stride()}"
     )
     assert labels.dtype == torch.int64, f"labels are {labels.dtype}"
     assert labels.is_contiguous(), f"labels have strides {labels.stride()}"
-    if row_temperature is not None:
-        assert row_temperature.is_contiguous(), f"temperature has strides {row_temperature.stride()}"
-        assert row_temperature.numel() == labels.numel(), (
-            f"{row_temperature.numel()} temperatures for {labels.numel()} rows"
-        )
+    assert temperature.dtype == torch.float32, f"temperature is {temperature.dtype}"
+    assert temperature.is_contiguous(), f"temperature has strides {temperature.stride()}"
+    assert temperature.shape in ((), labels.shape), f"temperature has shape {tuple(temperature.shape)}"
 
 
 def logprob_forward(
     logits: Tensor,
     labels: Tensor,
+    temperature: Tensor,
     *,
-    temperature: float,
-    row_temperature: Tensor | None,
     inner_rows: int,
     outer_stride: int,
     inner_stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch one program a row; return float32 logprobs [...], entropy [...] and stats [N, 3] for the backward.
 
-    logits [..., V] float32, bfloat16 or float16 with contiguous rows; labels int64 [...], contiguous; row r of N
+    logits [..., V] float32, bfloat16 or float16 with contiguous rows; labels int64 [...], contiguous; temperature
+    float32, 0-d or [...], read on the device so that its value never recompiles; row r of N
     starts (r // inner_rows) * outer_stride + (r % inner_rows) * inner_stride elements after the first row.
     """
-    _assert_layout(logits, labels, row_temperature)
+    _assert_layout(logits, labels, temperature)
     rows, vocab = labels.numel(), logits.shape[-1]
     logprobs = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs)
@@ -155,11 +149,11 @@ def logprob_forward(
         logprob_forward_kernel[(rows,)](
             logits_ptr=logits,
             labels_ptr=labels,
-            row_temperature_ptr=row_temperature,
+            temperature_ptr=temperature,
             logprobs_ptr=logprobs,
             entropy_ptr=entropy,
             stats_ptr=stats,
-            temperature=temperature,
+            temperature_stride=min(1, temperature.dim()),
             vocab=vocab,
             inner_rows=inner_rows,
             outer_stride=outer_stride,
@@ -172,12 +166,11 @@ def logprob_forward(
 def logprob_backward(
     logits: Tensor,
     labels: Tensor,
+    temperature: Tensor,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     *,
-    temperature: float,
-    row_temperature: Tensor | None,
     inner_rows: int,
     outer_stride: int,
     inner_stride: int,
@@ -186,7 +179,7 @@ def logprob_backward(
 
     Arguments of the forward, its stats, and the upstream gradients: float32 [...], contiguous, None for zeros.
     """
-    _assert_layout(logits, labels, row_temperature)
+    _assert_layout(logits, labels, temperature)
     for name, grad in (("grad_logprobs", grad_logprobs), ("grad_entropy", grad_entropy)):
         assert grad is None or grad.is_contiguous(), f"{name} is not contiguous"
     rows, vocab = labels.numel(), logits.shape[-1]
@@ -197,12 +190,12 @@ def logprob_backward(
         logprob_backward_kernel[(rows,)](
             logits_ptr=logits,
             labels_ptr=labels,
-            row_temperature_ptr=row_temperature,
+            temperature_ptr=temperature,
             stats_ptr=stats,
             grad_logprobs_ptr=grad_logprobs,
             grad_entropy_ptr=grad_entropy,
             grad_logits_ptr=grad_logits,
-            temperature=temperature,
+            temperature_stride=min(1, temperature.dim()),
             vocab=vocab,
             inner_rows=inner_rows,
             outer_stride=outer_stride,

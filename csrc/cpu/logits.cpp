@@ -1,6 +1,7 @@
 // The row ops on a CPU: one body (row.h) compiled for every instruction set, chosen at run time, rows over threads.
 #include "cpu/logits.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -119,6 +120,15 @@ bool isa_supported(Isa isa) {
 std::int64_t first_bad_label(const RowGrid& grid) {
   for (std::int64_t r = 0; r < grid.rows; ++r) {
     if (grid.labels[r] < 0 || grid.labels[r] >= grid.vocab) return r;
+  }
+  return -1;
+}
+
+std::int64_t first_bad_temperature(const RowGrid& grid) {
+  const std::int64_t temperatures = grid.temperature_stride == 0 ? std::min<std::int64_t>(grid.rows, 1) : grid.rows;
+  for (std::int64_t r = 0; r < temperatures; ++r) {
+    const double t = grid.temperature[r * grid.temperature_stride];
+    if (!(t > 0.0 && std::isfinite(t))) return r;
   }
   return -1;
 }

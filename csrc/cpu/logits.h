@@ -18,9 +18,9 @@ struct RowGrid {
   std::int64_t inner_rows;
   std::int64_t outer_stride;
   std::int64_t inner_stride;
-  const std::int64_t* labels;       // [rows]
-  double temperature;               // used where row_temperature is null
-  const double* row_temperature;    // [rows] or null
+  const std::int64_t* labels;  // [rows]
+  const double* temperature;   // row r has temperature[r * temperature_stride]
+  std::int64_t temperature_stride;
 };
 
 struct RunOn {
@@ -52,8 +52,9 @@ struct BackwardIn {
 
 bool isa_supported(Isa isa);
 
-// The first row whose label is outside [0, vocab), or -1.
+// The first row whose label is outside [0, vocab), or whose temperature is not a positive number; -1 for none.
 std::int64_t first_bad_label(const RowGrid& grid);
+std::int64_t first_bad_temperature(const RowGrid& grid);
 
 void logprob_forward(const RowGrid& grid, const ForwardOut& out, RunOn on);
 void logprob_backward(const RowGrid& grid, const BackwardIn& in, RunOn on);

@@ -85,16 +85,17 @@ def logprobs_and_entropy(
         raise ValueError(f"impl={impl!r} is not available: {reason}")
     if logits.shape[-1] == 0:
         raise ValueError(
-            f"`logits` has shape {tuple(logits.shape)}, expected a vocabulary of at least one token"
+            f"`logits` has shape {tuple(logits.shape)}, expected at least one token in the last axis"
         )
     if not isinstance(temperature, Tensor):
-        logprobs, entropy, _ = logprob_entropy(logits, labels, float(temperature), None, impl)
-        return logprobs, entropy
+        # A tensor, and by this product: torch.compile would compile anew for each value of an operator's float,
+        # and of torch.full's.
+        temperature = torch.ones((), dtype=_temperature_dtype(impl), device=logits.device) * temperature
     if temperature.requires_grad:
         raise ValueError(
             "`temperature` requires a gradient, which this implementation does not have; detach it"
         )
-    logprobs, entropy, _ = logprob_entropy(logits, labels, 1.0, temperature, impl)
+    logprobs, entropy, _ = logprob_entropy(logits, labels, temperature, impl)
     return logprobs, entropy
 
 
@@ -136,6 +137,10 @@ def _output_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _temperature_dtype(impl: str) -> torch.dtype:
+    return torch.float64 if impl == "cpu" else torch.float32
+
+
 def _stats_dtype(impl: str) -> torch.dtype:
     return torch.float64 if impl == "cpu" else torch.float32
 
@@ -144,26 +149,25 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
 
 
 @torch.library.custom_op("ppo_fast::logprob_entropy", mutates_args=())
 def logprob_entropy(
-    logits: Tensor, labels: Tensor, temperature: float, row_temperature: Tensor | None, impl: str
+    logits: Tensor, labels: Tensor, temperature: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator behind `logprobs_and_entropy`; its third output [N, 3] is what the backward needs of each row."""
     rows = row_grid(logits)
     labels = labels.contiguous()
     if impl == "cpu":
-        return _cpu_forward(rows, labels, temperature, _flat(row_temperature, torch.float64))
+        return _cpu_forward(rows, labels, _flat(temperature, _temperature_dtype(impl)))
     from ppo_fast.kernels import logprob
 
     return logprob.logprob_forward(
         logits=rows.logits,
         labels=labels,
-        temperature=temperature,
-        row_temperature=_flat(row_temperature, torch.float32),
+        temperature=_flat(temperature, _temperature_dtype(impl)),
         inner_rows=rows.inner_rows,
         outer_stride=rows.outer_stride,
         inner_stride=rows.inner_stride,
@@ -171,9 +175,7 @@ def logprob_entropy(
 
 
 @logprob_entropy.register_fake
-def _(
-    logits: Tensor, labels: Tensor, temperature: float, row_temperature: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, temperature: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = logits.new_empty(labels.shape, dtype=_output_dtype(logits))
     stats = logits.new_empty((labels.numel(), 3), dtype=_stats_dtype(impl))
     return logprobs, torch.empty_like(logprobs), stats
@@ -183,8 +185,7 @@ def _(
 def logprob_entropy_backward(
     logits: Tensor,
     labels: Tensor,
-    temperature: float,
-    row_temperature: Tensor | None,
+    temperature: Tensor,
     impl: str,
     stats: Tensor,
     grad_logprobs: Tensor | None,
@@ -193,9 +194,11 @@ def logprob_entropy_backward(
     """Gradient [..., V] of the operator above from the gradients of its outputs; None stands for zeros."""
     rows = row_grid(logits)
     labels = labels.contiguous()
-    grads = [_flat(grad, _output_dtype(logits)) for grad in (grad_logprobs, grad_entropy)]
+    grads = [
+        None if grad is None else _flat(grad, _output_dtype(logits)) for grad in (grad_logprobs, grad_entropy)
+    ]
     if impl == "cpu":
-        return _cpu_backward(rows, labels, temperature, _flat(row_temperature, torch.float64), stats, *grads)
+        return _cpu_backward(rows, labels, _flat(temperature, _temperature_dtype(impl)), stats, *grads)
     from ppo_fast.kernels import logprob
 
     return logprob.logprob_backward(
@@ -204,8 +207,7 @@ def logprob_entropy_backward(
         stats=stats,
         grad_logprobs=grads[0],
         grad_entropy=grads[1],
-        temperature=temperature,
-        row_temperature=_flat(row_temperature, torch.float32),
+        temperature=_flat(temperature, _temperature_dtype(impl)),
         inner_rows=rows.inner_rows,
         outer_stride=rows.outer_stride,
         inner_stride=rows.inner_stride,
@@ -216,8 +218,7 @@ def logprob_entropy_backward(
 def _(
     logits: Tensor,
     labels: Tensor,
-    temperature: float,
-    row_temperature: Tensor | None,
+    temperature: Tensor,
     impl: str,
     stats: Tensor,
     grad_logprobs: Tensor | None,
@@ -226,9 +227,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-def _native_grid(
-    rows: RowGrid, labels: Tensor, temperature: float, row_temperature: Tensor | None
-) -> Any:  # ppo_fast._C.RowGrid
+def _native_grid(rows: RowGrid, labels: Tensor, temperature: Tensor) -> Any:  # ppo_fast._C.RowGrid
     return build.extension().RowGrid(
         logits=rows.logits.data_ptr(),
         dtype=CPU_DTYPES[rows.logits.dtype],
@@ -238,19 +237,17 @@ def _native_grid(
         outer_stride=rows.outer_stride,
         inner_stride=rows.inner_stride,
         labels=labels.data_ptr(),
-        temperature=temperature,
-        row_temperature=_address(row_temperature),
+        temperature=temperature.data_ptr(),
+        temperature_stride=min(1, temperature.dim()),
     )
 
 
-def _cpu_forward(
-    rows: RowGrid, labels: Tensor, temperature: float, row_temperature: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_forward(rows: RowGrid, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.empty(labels.shape, dtype=_output_dtype(rows.logits))
     entropy = torch.empty_like(logprobs)
     stats = torch.empty((labels.numel(), 3), dtype=torch.float64)
     build.extension().logprob_forward(
-        _native_grid(rows, labels, temperature, row_temperature),
+        _native_grid(rows, labels, temperature),
         logprobs=logprobs.data_ptr(),
         entropy=entropy.data_ptr(),
         stats=stats.data_ptr(),
@@ -263,15 +260,14 @@ def _cpu_forward(
 def _cpu_backward(
     rows: RowGrid,
     labels: Tensor,
-    temperature: float,
-    row_temperature: Tensor | None,
+    temperature: Tensor,
     stats: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
     grad_logits = torch.empty(rows.logits.shape, dtype=rows.logits.dtype)
     build.extension().logprob_backward(
-        _native_grid(rows, labels, temperature, row_temperature),
+        _native_grid(rows, labels, temperature),
         stats=stats.contiguous().data_ptr(),
         grad_logprobs=_address(grad_logprobs),
         grad_entropy=_address(grad_entropy),
@@ -283,23 +279,21 @@ def _cpu_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, ctx.temperature, row_temperature, ctx.impl = inputs
-    ctx.save_for_backward(logits, labels, row_temperature, output[2])
-    ctx.set_materialize_grads(
-        False
-    )  # an output nobody used arrives as None, and the kernel leaves its term out
+    logits, labels, temperature, ctx.impl = inputs
+    ctx.save_for_backward(logits, labels, temperature, output[2])
+    ctx.set_materialize_grads(False)  # an unused output arrives as None, and the kernel drops its term
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: Tensor | None
-) -> tuple[Tensor | None, None, None, None, None]:
+) -> tuple[Tensor | None, None, None, None]:
     if grad_logprobs is None and grad_entropy is None:
-        return None, None, None, None, None
-    logits, labels, row_temperature, stats = ctx.saved_tensors
+        return None, None, None, None
+    logits, labels, temperature, stats = ctx.saved_tensors
     grad_logits = logprob_entropy_backward(
-        logits, labels, ctx.temperature, row_temperature, ctx.impl, stats, grad_logprobs, grad_entropy
+        logits, labels, temperature, ctx.impl, stats, grad_logprobs, grad_entropy
     )
-    return grad_logits, None, None, None, None
+    return grad_logits, None, None, None
 
 
 logprob_entropy.register_autograd(_backward, setup_context=_save_for_backward)
