@@ -96,9 +96,8 @@ def _config_class(command: str) -> type[Any]:
 
 
 def _report(run: str) -> None:
-    from ppo_fast.report import draw_curves, print_samples, print_summary, write_report
+    from ppo_fast.report import print_samples, print_summary, write_report
 
-    draw_curves(run)
     page = write_report(run)
     print_samples(run)
     print_summary(run)

@@ -211,6 +211,8 @@ class EvaluationConfig:
             self.show_samples >= 0, "evaluation.show_samples", self.show_samples, "0 or a positive integer"
         )
         _positive(self, "evaluation", "max_prompts")
+        taken = sorted(set(self.judges) & {"score", "score_std", "kl", "length_mean", "eos_fraction"})
+        _require(not taken, "evaluation.judges", taken, "names other than those of the evaluation's own metrics")
 
 
 @dataclass
@@ -233,7 +235,7 @@ class PPOConfig:
     """A whole PPO run."""
 
     output_dir: str = ""
-    """Run folder: metrics, samples, curves, report, actor/ and critic/. Must be empty or new, unless resumed. Required."""
+    """Run folder: metrics, samples, curves, report, actor/ and critic/. New or empty, unless resumed. Required."""
     steps: int = 100
     """PPO steps: batches of rollouts."""
     seed: int = 0

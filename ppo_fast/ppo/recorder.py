@@ -77,7 +77,7 @@ def drop_after(folder: Path, step: int) -> None:
     for name in (METRICS, SAMPLES):
         path = folder / name
         if path.is_file():
-            whole = path.read_text().rpartition("\n")[0].splitlines()
+            whole = path.read_text().split("\n")[:-1]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept))
 
@@ -97,7 +97,7 @@ def _check_same_config(saved: dict[str, Any], config: dict[str, Any], path: Path
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
     with path.open("a") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        stream.writelines(json.dumps(record) + "\n" for record in records)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -36,7 +36,10 @@ RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 class Reward(Protocol):
     """Scores of a batch of rollouts."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What an error calls this source."""
+        ...
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """One float32 score a row, [B], on the rollout's device."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,9 +44,8 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                 raise ValueError(
                     f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
                 )
-            text = tokenizer.apply_chat_template(
-                record["messages"], tokenize=False, add_generation_prompt=True
-            )
+            chat = record["messages"]
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = record["prompt"]
@@ -113,7 +112,7 @@ def generate(
     with torch.no_grad(), _own_generation_config(actor, GenerationConfig()), autocast(actor.device, bf16):
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            sampled = actor.generate(
+            sampled = cast(Any, actor).generate(
                 input_ids=ids[rows],
                 attention_mask=mask[rows].long(),
                 generation_config=sampling_config(config, ends, pad),

@@ -23,7 +23,6 @@ from ppo_fast.ppo.trainer import PPOTrainer
 from ppo_fast.prepare.data import read_rows
 from ppo_fast.report import (
     describe_environment,
-    draw_curves,
     print_samples,
     print_summary,
     read_run,
@@ -181,7 +180,6 @@ def _save(trainer: PPOTrainer, config: PPOConfig, folder: Path) -> None:
     run = read_run(folder)
     settings: dict[str, Any] = config.to_dict()
     write_model_card(folder / "actor", config.models.actor, settings, summarise(run))
-    draw_curves(run)
     write_report(run)
 
 

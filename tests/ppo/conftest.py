@@ -27,6 +27,7 @@ from ppo_fast.ppo.rollout import Prompt, encode_prompts
 
 WORDS = ["good", "bad", "the", "a", "film", "was", *(f"w{number}" for number in range(31))]
 VOCABULARY = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+ENDS = [1, 13, 23, 33, 38]  # <eos> and four words: an untrained model then ends one token in eight
 PROMPTS = ["the film was", "a film", "the", "was a w1 w2", "w3 w4 w5", "the bad film was", "w6", "a good"]
 
 
@@ -57,7 +58,9 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 def make_actor(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(llama_config(**changes)).eval()
+    model = LlamaForCausalLM(llama_config(**changes)).eval()
+    model.generation_config.eos_token_id = ENDS
+    return model
 
 
 def make_classifier(seed: int = 1, **changes: Any) -> LlamaForSequenceClassification:
@@ -65,38 +68,45 @@ def make_classifier(seed: int = 1, **changes: Any) -> LlamaForSequenceClassifica
     return LlamaForSequenceClassification(llama_config(num_labels=1, **changes)).eval()
 
 
-def count_good(prompts: list[str], responses: list[str]) -> list[float]:
-    """Share of the word `good` in each response."""
-    return [response.split().count("good") / max(1, len(response.split())) for response in responses]
+def even_words(prompts: list[str], responses: list[str]) -> list[float]:
+    """Share of each response's words that are w0, w2, w4, ...: about 0.4 for an untrained model."""
+    even = {f"w{number}" for number in range(0, 31, 2)}
+    return [sum(word in even for word in text.split()) / max(1, len(text.split())) for text in responses]
 
 
 @dataclass
 class World:
-    """What a trainer is made of; `trainer` makes one."""
+    """What a trainer is made of, and the makers of its parts."""
 
     tokenizer: PreTrainedTokenizerFast
     prompts: list[Prompt]
+    actor: Callable[..., LlamaForCausalLM] = staticmethod(make_actor)
+    classifier: Callable[..., LlamaForSequenceClassification] = staticmethod(make_classifier)
+    other_tokenizer: Callable[[dict[str, int]], PreTrainedTokenizerFast] = staticmethod(make_tokenizer)
+    even_words: Callable[[list[str], list[str]], list[float]] = staticmethod(even_words)
 
-    def trainer(self, config: PPOConfig | None = None, **changes: Any) -> PPOTrainer:
-        actor: PreTrainedModel = changes.pop("actor", None) or make_actor()
-        parts: dict[str, Any] = {
-            "critic": changes.pop("critic", None) or critic_from_actor(actor),
+    def config(self, *, objective: dict[str, Any] | None = None, **changes: Any) -> PPOConfig:
+        """A small config; `objective` overrides fields of that section."""
+        shaping: dict[str, Any] = {"epochs": 2, "minibatches": 2, "micro_batch_size": 2, "kl_coef": 0.05}
+        settings: dict[str, Any] = {
+            "steps": 10,
+            "rollout": RolloutConfig(batch_size=8, max_new_tokens=6),
+            "objective": ObjectiveConfig(**{**shaping, **(objective or {})}),
+            "optimizer": OptimizerConfig(actor_lr=1e-3, critic_lr=1e-3, schedule="constant"),
+        }
+        return PPOConfig(**{**settings, **changes})
+
+    def trainer(self, config: PPOConfig | None = None, **parts: Any) -> PPOTrainer:
+        """A trainer of fresh random models; any part can be given."""
+        actor: PreTrainedModel = parts.pop("actor", None) or make_actor()
+        made: dict[str, Any] = {
+            "critic": critic_from_actor(actor),
             "reference": freeze(copy.deepcopy(actor)),
-            "reward": FunctionReward("count_good", count_good),
+            "reward": FunctionReward("even_words", even_words),
             "tokenizer": self.tokenizer,
             "prompts": self.prompts,
         }
-        return PPOTrainer(config or small_config(), actor=actor, **{**parts, **changes})
-
-
-def small_config(**changes: Any) -> PPOConfig:
-    settings: dict[str, Any] = {
-        "steps": 10,
-        "rollout": RolloutConfig(batch_size=8, max_new_tokens=6),
-        "objective": ObjectiveConfig(epochs=2, minibatches=2, micro_batch_size=2, kl_coef=0.05),
-        "optimizer": OptimizerConfig(actor_lr=1e-3, critic_lr=1e-3, schedule="constant"),
-    }
-    return PPOConfig(**{**settings, **changes})
+        return PPOTrainer(config or self.config(), actor=actor, **{**made, **parts})
 
 
 @pytest.fixture(scope="session")
