@@ -38,8 +38,9 @@ def write_pairs(folder: str | Path, n_train: int, n_heldout: int, seed: int = 0)
     A text is a Rotten Tomatoes sentence, or the last whole sentences of an IMDB review that fit in 32 words,
     where a reviewer sums up. Both are about as long as a prompt of 8 words with 24 generated tokens, which is
     what the reward model will be shown. Half of the pairs are of each kind, and a pair is never mixed, so
-    that the kind tells nothing. No text stands in both files, nor does any review whose opening
-    `write_prompts` uses.
+    that the kind tells nothing. Every second text is cut at a random word of its second half, as a response
+    is at the length limit. No text stands in both files, nor does any review whose opening `write_prompts`
+    uses.
 
     Args:
         folder: where the files go; existing ones are kept as they are.
@@ -125,14 +126,15 @@ def _split(seed: int) -> tuple[list[Review], list[Review]]:
 
 
 def _pairs(seed: int) -> list[dict[str, str]]:
-    """All pairs: positive with negative of one source, in the seeded order, the two sources taking turns."""
+    """All pairs, positive with negative of one source, in a seeded order; the two sources take turns."""
     by_source: list[list[dict[str, str]]] = []
     _, reviews = _split(seed)
+    rng = random.Random(seed)
     for source in ("rotten_tomatoes", "imdb"):
         sides: dict[bool, list[str]] = {True: [], False: []}
         for review in reviews:
             if review.source == source and (text := _excerpt(review)):
-                sides[review.positive].append(text)
+                sides[review.positive].append(_cut(text, rng) if rng.random() < 0.5 else text)
         by_source.append(
             [{"chosen": c, "rejected": r} for c, r in zip(sides[True], sides[False], strict=False)]
         )
@@ -149,6 +151,11 @@ def _excerpt(review: Review) -> str:
     text = " ".join(kept)
     # ASCII keeps out the mis-decoded texts and the few that are not English.
     return text if text.isascii() and len(text.split()) >= PROMPT_WORDS else ""
+
+
+def _cut(text: str, rng: random.Random) -> str:
+    words = text.split()
+    return " ".join(words[: rng.randint(max(PROMPT_WORDS, len(words) // 2), len(words))])
 
 
 def _prompts(seed: int) -> list[dict[str, str]]:

@@ -78,4 +78,4 @@ def _model(gguf: Path, tokenizer: "PreTrainedTokenizerBase") -> "LlamaForCausalL
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(dtype=torch.bfloat16)
+    return model.bfloat16()

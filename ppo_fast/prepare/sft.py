@@ -120,7 +120,8 @@ def run_sft(config: SFTConfig) -> dict[str, float]:
         "skipped_rows": len(train_rows) + len(heldout_rows) - len(train) - len(heldout),
     }
     with staged(output) as folder:
-        model.to(dtype=saved_dtype).save_pretrained(folder)
+        torch.nn.Module.to(model, saved_dtype)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         _write_card(folder, config, metrics)
