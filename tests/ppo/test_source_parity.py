@@ -105,7 +105,9 @@ def assert_same_gradients(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> 
     largest = max(float(gradient.abs().max()) for gradient in plain.values())
     assert largest > 1e-4  # a zero gradient would agree with anything
     for name, gradient in plain.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -126,7 +128,9 @@ def test_losses_and_gradients_agree_with_the_plain_loop_for_three_updates(world:
         actor=actor,
         critic=critic,
         reference=world.actor(seed + 7).requires_grad_(False),
-        reward=lambda rollout: 9.0 * torch.linspace(-1, 1, rollout.batch_size),  # beyond the clip of 5 at both ends
+        reward=lambda rollout: (
+            9.0 * torch.linspace(-1, 1, rollout.batch_size)
+        ),  # beyond the clip of 5 at both ends
     )
     rollout = trainer.sample(world.prompts)
     assert 1 < len(set(rollout.response_mask.sum(1).tolist()))  # ragged responses, or the mask is not tested

@@ -71,7 +71,9 @@ def test_actor_and_critic_learn_and_the_other_two_are_frozen(world: Any) -> None
         for name, model in models.items()
     }
     assert changed == {"actor": True, "critic": True, "reference": False, "reward": False}
-    assert all(parameter.grad is None for name in ("reference", "reward") for parameter in models[name].parameters())
+    assert all(
+        parameter.grad is None for name in ("reference", "reward") for parameter in models[name].parameters()
+    )
 
 
 def test_micro_batches_do_not_change_the_gradient(world: Any) -> None:
@@ -155,7 +157,9 @@ def test_learning_rates_anneal_to_zero_apart(world: Any) -> None:
 
 
 def test_vocabularies_that_differ_are_refused(world: Any) -> None:
-    with pytest.raises(ValueError, match="models.reference has a vocabulary of 50 tokens and models.actor one of 40"):
+    with pytest.raises(
+        ValueError, match="models.reference has a vocabulary of 50 tokens and models.actor one of 40"
+    ):
         world.trainer(reference=world.actor(vocab_size=50))
 
 
