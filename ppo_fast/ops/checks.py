@@ -7,10 +7,11 @@ vocabulary, a NaN under a true mask) would make a GPU wait for the host, so ther
 import math
 import numbers
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from ppo_fast.reference.numerics import pad_rows
 
 _check_everything = False
 
@@ -42,7 +43,7 @@ class Checker:
 
     def __init__(self, op: str, name: str, anchor: Tensor, *, dims: int | None = None) -> None:
         self.op = op
-        self._tensor(name, anchor)
+        self.tensor(name, anchor)
         self.anchor_name, self.device = name, anchor.device
         self.floats(anchor.shape, "", **{name: anchor})
         if dims is not None and anchor.dim() != dims:
@@ -54,26 +55,29 @@ class Checker:
         """Raise: which op, which argument, what came, what was expected."""
         raise error(f"{self.op}: `{name}` {got}, expected {expected}")
 
-    def _tensor(self, name: str, value: object) -> None:
+    def tensor(self, name: str, value: object) -> None:
+        """`value` is a tensor, whatever its shape."""
         if not isinstance(value, Tensor):
             self.fail(name, f"is a {type(value).__name__}", "a torch.Tensor", TypeError)
 
     def _placed(self, name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
         """`value` is a tensor of `shape` on the anchor's device."""
-        self._tensor(name, value)
+        self.tensor(name, value)
         if tuple(value.shape) != tuple(shape):
             self.fail(name, f"has shape {tuple(value.shape)}", f"{tuple(shape)}{why and f' ({why})'}")
         if value.device != self.device:
             self.fail(name, f"is on {value.device}", f"{self.device}, where `{self.anchor_name}` is")
 
-    def floats(self, shape: Sequence[int], why: str, **tensors: Tensor | None) -> None:
-        """Each tensor that is not None is real floating, of `shape`."""
+    def floats(self, shape: Sequence[int], why: str, **tensors: Tensor) -> None:
+        """Each tensor is real floating, of `shape`."""
         for name, value in tensors.items():
-            if value is None:
-                continue
             self._placed(name, value, shape, why)
             if not value.is_floating_point():
                 self.fail(name, f"has dtype {value.dtype}", "a floating dtype", TypeError)
+
+    def optional_floats(self, shape: Sequence[int], why: str, **tensors: Tensor | None) -> None:
+        """Each tensor that is not None is real floating, of `shape`."""
+        self.floats(shape, why, **{name: value for name, value in tensors.items() if value is not None})
 
     def mask(self, mask: Tensor, shape: Sequence[int], why: str) -> None:
         """`mask` is bool or numeric, of `shape`."""
@@ -168,20 +172,16 @@ class Checker:
         self._placed("score_index", index, (batch,), "one for each sequence")
         if index.dtype != torch.int64:
             self.fail("score_index", f"has dtype {index.dtype}", "torch.int64", TypeError)
-        if not _readable(index):
-            return
-        counted = mask != 0
-        if cu_seqlens is None:
-            rows = list(counted)
-        else:
-            rows = [counted[start:end] for start, end in pairwise(cu_seqlens.tolist())]
-        for b, (slot, row) in enumerate(zip(index.tolist(), rows, strict=True)):
-            if bool(row.any()) and not (0 <= slot < len(row) and bool(row[slot])):
-                self.fail("score_index", f"holds {slot} for sequence {b}", "a slot that its mask counts")
+        counted = (mask if cu_seqlens is None else pad_rows(mask, cu_seqlens)) != 0
+        if _readable(index) and counted.numel():
+            inside = (index >= 0) & (index < counted.shape[1])
+            pays = counted.gather(1, torch.where(inside, index, 0).unsqueeze(1)).squeeze(1)
+            good = (inside & pays) | ~counted.any(dim=1)
+            self._all("score_index", good, index, "a slot that the mask of its sequence counts")
 
     def cu_seqlens(self, cu_seqlens: Tensor, total: int) -> int:
         """Integers [B + 1] that rise from 0 to `total`; returns B."""
-        self._tensor("cu_seqlens", cu_seqlens)
+        self.tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
             self.fail("cu_seqlens", f"has shape {tuple(cu_seqlens.shape)}", "[B + 1] with B of at least 1")
         self._placed("cu_seqlens", cu_seqlens, cu_seqlens.shape, "")

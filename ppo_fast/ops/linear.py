@@ -16,13 +16,12 @@ def _check_head(
     check: Checker, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
 ) -> int:
     """The head fits the hidden state; returns V."""
-    if not isinstance(weight, Tensor):
-        check.fail("weight", f"is a {type(weight).__name__}", "a torch.Tensor", TypeError)
+    check.tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0:
         check.fail("weight", f"has shape {tuple(weight.shape)}", "[V, D] with V of at least 1")
     vocab = weight.shape[0]
     check.floats((vocab, hidden.shape[-1]), "[V, D], D being the last axis of hidden", weight=weight)
-    check.floats((vocab,), "one for each row of weight", bias=bias)
+    check.optional_floats((vocab,), "one for each row of weight", bias=bias)
     check.optional_number("softcap", softcap)
     check.finite(None, weight=weight, bias=bias)
     return vocab
@@ -37,13 +36,11 @@ def _check_ref_head(
     ref_bias: Tensor | None,
 ) -> None:
     """The reference's head: its own hidden size, the policy's rows and vocabulary."""
-    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
-        if not isinstance(value, Tensor):
-            check.fail(name, f"is a {type(value).__name__}", "a torch.Tensor", TypeError)
+    check.tensor("ref_hidden", ref_hidden)
     width = ref_hidden.shape[-1] if ref_hidden.dim() else 0
     check.floats((*rows, width), "rows of hidden, then its own hidden size", ref_hidden=ref_hidden)
     check.floats((vocab, width), "V of weight, last axis of ref_hidden", ref_weight=ref_weight)
-    check.floats((vocab,), "one for each row of ref_weight", ref_bias=ref_bias)
+    check.optional_floats((vocab,), "one for each row of ref_weight", ref_bias=ref_bias)
     check.finite(None, ref_weight=ref_weight, ref_bias=ref_bias)
 
 
@@ -185,7 +182,8 @@ def linear_policy_loss(
         softcap: s > 0, z = s tanh(z / s) before the temperature, of both heads; None for no cap.
         ref_hidden, ref_weight, ref_bias: the reference's [B, T, D'], [V, D'], [V] or None, for the KL term;
             the first two come together and are needed unless `kl_coef` is 0; they get no gradient.
-        old_logprobs, advantages, mask, and every other argument: as in `policy_loss_from_logits`.
+        old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, entropy_coef, kl_coef, temperature,
+            reduction, normalizer, log_ratio_clamp: as in `policy_loss_from_logits`.
         impl: auto or reference.
 
     Returns:

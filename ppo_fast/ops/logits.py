@@ -8,24 +8,28 @@ from ppo_fast.ops import dispatch
 from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
 
-_LABELS = "logits without its last axis"
-
 
 def _fused(logits: Tensor, labels: Tensor, temperature: float | Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy) by a fused kernel; imported here so that importing ppo_fast needs torch alone."""
     from ppo_fast.ops import fused_logprob
 
-    return fused_logprob.logprobs_and_entropy(logits, labels, temperature, impl)
+    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    return fused_logprob.logprobs_and_entropy(logits, labels, constant, impl)
 
 
-def _check_rows(op: str, logits: Tensor, labels: Tensor | None, temperature: float | Tensor) -> None:
+def _check_rows(op: str, logits: Tensor, temperature: float | Tensor) -> Checker:
+    """The arguments that every op here shares."""
     check = Checker(op, "logits", logits)
     if logits.shape[-1] == 0:
         check.fail("logits", f"has shape {tuple(logits.shape)}", "a vocabulary of at least 1")
-    if labels is not None:
-        check.labels(labels, logits.shape[:-1], _LABELS, logits.shape[-1])
     check.temperature(temperature, logits.shape[:-1])
     check.logits(None, logits=logits)
+    return check
+
+
+def _check_labelled_rows(op: str, logits: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
+    check = _check_rows(op, logits, temperature)
+    check.labels(labels, logits.shape[:-1], "logits without its last axis", logits.shape[-1])
 
 
 def logprobs_from_logits(
@@ -51,7 +55,7 @@ def logprobs_from_logits(
 
     Source: softmax policy of Ziegler et al. 2019 (arXiv 1909.08593), section 2.
     """
-    _check_rows("logprobs_from_logits", logits, labels, temperature)
+    _check_labelled_rows("logprobs_from_logits", logits, labels, temperature)
     which = dispatch.resolve("logprobs_from_logits", impl, logits)
     if which == "reference":
         return reference.logprobs_from_logits(logits, labels, temperature=temperature)
@@ -79,7 +83,7 @@ def logprobs_and_entropy_from_logits(
 
     Source: the entropy bonus of PPO, Schulman et al. 2017 (arXiv 1707.06347), eq. 9.
     """
-    _check_rows("logprobs_and_entropy_from_logits", logits, labels, temperature)
+    _check_labelled_rows("logprobs_and_entropy_from_logits", logits, labels, temperature)
     which = dispatch.resolve("logprobs_and_entropy_from_logits", impl, logits)
     if which == "reference":
         return reference.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
@@ -103,7 +107,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, im
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 9.
     """
-    _check_rows("entropy_from_logits", logits, None, temperature)
+    _check_rows("entropy_from_logits", logits, temperature)
     which = dispatch.resolve("entropy_from_logits", impl, logits)
     if which == "reference":
         return reference.entropy_from_logits(logits, temperature=temperature)
@@ -131,8 +135,7 @@ def kl_from_logits(
 
     Source: the penalty of PPO, Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
     """
-    _check_rows("kl_from_logits", logits, None, temperature)
-    check = Checker("kl_from_logits", "logits", logits)
+    check = _check_rows("kl_from_logits", logits, temperature)
     check.floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     check.logits(None, ref_logits=ref_logits)
     dispatch.resolve("kl_from_logits", impl, logits)

@@ -184,7 +184,7 @@ def policy_loss_from_logits(
     check.labels(labels, rows, "logits without its last axis", logits.shape[-1], mask)
     check.number("entropy_coef", entropy_coef)
     check.number("kl_coef", kl_coef)
-    check.floats(logits.shape, "shape of logits", ref_logits=ref_logits)
+    check.optional_floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     if kl_coef != 0 and ref_logits is None:
         check.fail("ref_logits", "is None", f"a tensor, since `kl_coef` is {kl_coef}")
     check.temperature(temperature, rows, mask)

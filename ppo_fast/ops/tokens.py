@@ -72,7 +72,8 @@ def _check_rewards(
     """The arguments that `kl_shaped_rewards` and `shaped_gae` share."""
     check, batch = tokens(op, "logprobs", logprobs, cu_seqlens)
     shape, why = logprobs.shape, "shape of logprobs"
-    check.floats(shape, why, ref_logprobs=ref_logprobs, token_rewards=token_rewards)
+    check.floats(shape, why, ref_logprobs=ref_logprobs)
+    check.optional_floats(shape, why, token_rewards=token_rewards)
     check.floats((batch,), "one for each sequence", scores=scores)
     check.mask(mask, shape, why)
     check.number("kl_coef", kl_coef)
@@ -100,7 +101,7 @@ def _check_scan(
     check.discount("gamma", gamma, batch)
     check.discount("lam", lam, batch)
     check.choice("mask_rule", mask_rule, get_args(MaskRule))
-    check.floats((batch,), "one for each sequence", bootstrap=bootstrap)
+    check.optional_floats((batch,), "one for each sequence", bootstrap=bootstrap)
     check.finite(mask, values=values)
     check.finite(None, bootstrap=bootstrap)
 

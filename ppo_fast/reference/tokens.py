@@ -249,6 +249,26 @@ def shaped_gae(
     Source: Ziegler et al. 2019 (arXiv 1909.08593), eq. 2; Schulman et al. 2016 (arXiv 1506.02438), eq. 16;
     whitening as in Huang et al. 2024 (arXiv 2403.17031), section 3.
     """
+    if cu_seqlens is not None:
+        padded = shaped_gae(
+            pad_rows(logprobs, cu_seqlens),
+            pad_rows(ref_logprobs, cu_seqlens),
+            scores,
+            pad_rows(values, cu_seqlens),
+            pad_rows(mask, cu_seqlens),
+            kl_coef=kl_coef,
+            clip_score=clip_score,
+            gamma=gamma,
+            lam=lam,
+            kind=kind,
+            mask_rule=mask_rule,
+            bootstrap=bootstrap,
+            whiten=whiten,
+            unbiased=unbiased,
+            score_index=score_index,
+            token_rewards=None if token_rewards is None else pad_rows(token_rewards, cu_seqlens),
+        )
+        return Experience(*(unpad_rows(x, cu_seqlens, logprobs.shape[0]) for x in padded))
     rewards = kl_shaped_rewards(
         logprobs,
         ref_logprobs,
@@ -259,17 +279,9 @@ def shaped_gae(
         kind=kind,
         score_index=score_index,
         token_rewards=token_rewards,
-        cu_seqlens=cu_seqlens,
     )
     advantages, returns = gae(
-        rewards,
-        values,
-        mask,
-        gamma=gamma,
-        lam=lam,
-        mask_rule=mask_rule,
-        bootstrap=bootstrap,
-        cu_seqlens=cu_seqlens,
+        rewards, values, mask, gamma=gamma, lam=lam, mask_rule=mask_rule, bootstrap=bootstrap
     )
     counted = mask != 0
     kl = kl_estimate(keep(logprobs, counted), keep(ref_logprobs, counted), kind=kind)
