@@ -20,7 +20,6 @@ COMMANDS = {
     "sft": "fine-tune a language model on texts or on prompts with responses",
     "report": "draw the curves and write report.html of a run folder again",
 }
-USAGE = "ppo-fast COMMAND [--config FILE] [section.field=value ...]"
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser; every option's help is the docstring of its config field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog="ppo-fast", usage=USAGE, description="PPO for language models.")
+    parser = jsonargparse.ArgumentParser(prog="ppo-fast", description="PPO for language models.")
     parser.add_argument("--version", action="version", version=f"ppo-fast {version('ppo-fast')}")
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
     for name, purpose in COMMANDS.items():

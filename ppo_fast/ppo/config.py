@@ -212,7 +212,9 @@ class EvaluationConfig:
         )
         _positive(self, "evaluation", "max_prompts")
         taken = sorted(set(self.judges) & {"score", "score_std", "kl", "length_mean", "eos_fraction"})
-        _require(not taken, "evaluation.judges", taken, "names other than those of the evaluation's own metrics")
+        _require(
+            not taken, "evaluation.judges", taken, "names other than those of the evaluation's own metrics"
+        )
 
 
 @dataclass

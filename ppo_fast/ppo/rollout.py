@@ -44,14 +44,18 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                 raise ValueError(
                     f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
                 )
-            chat = record["messages"]
+            chat = _chat(record["messages"], f"{where}: record {number}")
             text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = record["prompt"]
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{where}: record {number} has the prompt {text!r}, expected text that is not blank"
+                )
             ids = tokenizer(text)["input_ids"]
-        if not text.strip() or not ids:
-            raise ValueError(f"{where}: record {number} has an empty prompt, expected text")
+        if not ids:
+            raise ValueError(f"{where}: record {number} has a prompt without tokens: {text!r}")
         prompts.append(Prompt(text, tuple(ids)))
     return prompts
 
@@ -183,6 +187,19 @@ def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) ->
     rows = zip(response_ids.tolist(), response_mask.tolist(), strict=True)
     kept = [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _chat(messages: Any, where: str) -> list[dict[str, str]]:
+    """`messages` if they are a chat: a list of {role, content}, both text."""
+    good = isinstance(messages, list) and messages
+    for message in messages if good else ():
+        good = good and isinstance(message, dict) and {"role", "content"} <= set(message)
+        good = good and all(isinstance(message[key], str) for key in ("role", "content"))
+    if not good:
+        raise ValueError(
+            f"{where} has `messages` that are no list of {{role, content}}: {str(messages)[:80]}"
+        )
+    return messages
 
 
 def _widen(response_ids: Tensor, width: int, pad: int) -> Tensor:

@@ -175,10 +175,20 @@ def test_messages_go_through_the_chat_template(world: Any) -> None:
     assert encode_prompts([record], tokenizer, "chat.jsonl")[0].text == "a the film was"
 
 
-@pytest.mark.parametrize("prompt", ["", "   \n"])
-def test_empty_prompts_are_refused(world: Any, prompt: str) -> None:
+@pytest.mark.parametrize(
+    "chat", ["the film", [], [{"role": "user"}], ["the film"], [{"role": "user", "content": 5}]]
+)
+def test_messages_that_are_no_chat_are_refused(world: Any, chat: Any) -> None:
+    tokenizer = world.other_tokenizer(world.tokenizer.get_vocab())
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match=r"chat.jsonl: record 1 has `messages` that are no list of"):
+        encode_prompts([{"messages": chat}], tokenizer, "chat.jsonl")
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n", 5])
+def test_blank_prompts_are_refused(world: Any, prompt: Any) -> None:
     records = [{"prompt": "the film"}, {"prompt": prompt}]
-    with pytest.raises(ValueError, match=r"data.jsonl: record 2 has an empty prompt"):
+    with pytest.raises(ValueError, match=r"data.jsonl: record 2 has the prompt .*, expected text"):
         encode_prompts(records, world.tokenizer, "data.jsonl")
 
 

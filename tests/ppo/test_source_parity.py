@@ -133,7 +133,7 @@ def test_losses_and_gradients_agree_with_the_plain_loop_for_three_updates(world:
         ),  # beyond the clip of 5 at both ends
     )
     rollout = trainer.sample(world.prompts)
-    assert 1 < len(set(rollout.response_mask.sum(1).tolist()))  # ragged responses, or the mask is not tested
+    assert len(set(rollout.response_mask.sum(1).tolist())) > 1  # ragged responses, or the mask is not tested
     plain = PlainLoop(
         copy.deepcopy(actor).double(),
         copy.deepcopy(critic).double(),
