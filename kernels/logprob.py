@@ -93,7 +93,7 @@ def logprob_backward_kernel(
     columns_read = tl.where(active, vocab, 0)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits_row + columns, mask=columns < columns_read, other=0.0).to(tl.float32)
+        x = tl.load(logits_row + columns, mask=columns < columns_read, other=float("-inf")).to(tl.float32)
         dx = row_gradient(x, columns, label, top, inverse_total, inverse_temperature, a, -g_entropy, c)
         dx = tl.where(active, dx, 0.0).to(grad_logits_ptr.dtype.element_ty)
         tl.store(grad_logits_ptr + row * vocab + columns, dx, mask=columns < vocab)
