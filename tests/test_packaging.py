@@ -1,0 +1,137 @@
+"""What `pip install .` installs, and that no name of ours shadows another package. In fresh processes."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STRANGER = (
+    "0.0.1"  # a distribution named `kernels`, as PyPI has one; its version is older than transformers takes
+)
+
+
+def fresh(code: str, cwd: Path, *path: Path) -> str:
+    """Run `code` in a new interpreter that has `path` on PYTHONPATH and keeps the working folder off sys.path."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+    }
+    environment |= {
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text(f'__version__ = "{STRANGER}"\n')
+    info = site / f"kernels-{STRANGER}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {STRANGER}\n")
+    return site
+
+
+FIND = """
+import importlib.util
+def find():
+    spec = importlib.util.find_spec("kernels")
+    return spec and spec.origin
+before = find()
+import ppo_fast, ppo_fast.kernels
+assert ppo_fast.kernels.__file__.endswith("__init__.py"), ppo_fast.kernels
+assert find() == before
+print(before)
+"""
+
+
+@pytest.mark.parametrize("at_root", [True, False], ids=["from the root", "from elsewhere"])
+@pytest.mark.parametrize("installed", [True, False], ids=["with a package kernels", "without"])
+def test_kernels_is_never_ours(at_root: bool, installed: bool, tmp_path: Path, stranger: Path) -> None:
+    found = fresh(FIND, ROOT if at_root else tmp_path, *([stranger] if installed else []))
+    if installed:
+        assert found == str(stranger / "kernels" / "__init__.py")
+    else:
+        assert str(ROOT / "kernels") not in found
+        assert "ppo_fast" not in found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("at_root", [True, False], ids=["from the root", "from elsewhere"])
+@pytest.mark.parametrize("installed", [True, False], ids=["with a package kernels", "without"])
+def test_transformers_works_beside_us(at_root: bool, installed: bool, tmp_path: Path, stranger: Path) -> None:
+    code = "import ppo_fast.kernels; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    fresh(code, ROOT if at_root else tmp_path, *([stranger] if installed else []))
+
+
+def test_the_suite_itself_cannot_import_the_folder() -> None:
+    assert str(ROOT) not in [str(Path(entry or ".").resolve()) for entry in sys.path]
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or not spec.origin.startswith(str(ROOT))
+
+
+def test_kernels_init_is_a_docstring_only() -> None:
+    """An import there would run for whoever only looks the package up."""
+    import ast
+
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert [type(node) for node in body] == [ast.Expr]
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Build the wheel from a copy of the sources, with a `torch` on the path that raises when imported."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    leave_out = shutil.ignore_patterns("*.so", "__pycache__", "build")
+    for name in ("ppo_fast", "kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=leave_out)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    (folder / "poison").mkdir()
+    (folder / "poison" / "torch.py").write_text("raise ImportError('the build must not need torch')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(source),
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder / "poison"), "PYTHONSAFEPATH": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_holds_the_package(wheel_files: list[str]) -> None:
+    kernels = [f"ppo_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
+    modules = [str(path.relative_to(ROOT)) for path in (ROOT / "ppo_fast").rglob("*.py")]
+    assert set(kernels + modules + ["ppo_fast/py.typed"]) <= set(wheel_files)
+    assert any(name.startswith("ppo_fast/_C.") and name.endswith(".so") for name in wheel_files)
+
+
+def test_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel_files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"ppo_fast"}
+    assert not [name for name in wheel_files if name.endswith((".cpp", ".h"))]
