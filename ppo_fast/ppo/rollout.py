@@ -191,10 +191,12 @@ def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) ->
 
 def _chat(messages: Any, where: str) -> list[dict[str, str]]:
     """`messages` if they are a chat: a list of {role, content}, both text."""
-    good = isinstance(messages, list) and messages
-    for message in messages if good else ():
-        good = good and isinstance(message, dict) and {"role", "content"} <= set(message)
-        good = good and all(isinstance(message[key], str) for key in ("role", "content"))
+
+    def is_turn(message: Any) -> bool:
+        keys = ("role", "content")
+        return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in keys)
+
+    good = isinstance(messages, list) and bool(messages) and all(map(is_turn, messages))
     if not good:
         raise ValueError(
             f"{where} has `messages` that are no list of {{role, content}}: {str(messages)[:80]}"

@@ -80,10 +80,9 @@ class World:
 
     tokenizer: PreTrainedTokenizerFast
     prompts: list[Prompt]
-    actor: Callable[..., LlamaForCausalLM] = staticmethod(make_actor)
-    classifier: Callable[..., LlamaForSequenceClassification] = staticmethod(make_classifier)
-    other_tokenizer: Callable[[dict[str, int]], PreTrainedTokenizerFast] = staticmethod(make_tokenizer)
-    even_words: Callable[[list[str], list[str]], list[float]] = staticmethod(even_words)
+    actor = staticmethod(make_actor)
+    classifier = staticmethod(make_classifier)
+    other_tokenizer = staticmethod(make_tokenizer)
 
     def config(self, *, objective: dict[str, Any] | None = None, **changes: Any) -> PPOConfig:
         """A small config; `objective` overrides fields of that section."""
