@@ -119,6 +119,21 @@ def test_any_strides(impl: str, view: Callable[[Tensor], Tensor], no_worse: Call
     assert_parity(no_worse, three_ways(impl, logits, labels, 1.3, view))
 
 
+def test_rows_past_two_to_the_31_elements(impl: str) -> None:
+    """The second row starts 2^31 + 8 elements after the first; of the 4 GiB between, no page is touched."""
+    stride, vocab = 2**31 + 8, 33
+    far = torch.empty(stride + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
+    far.copy_(torch.randn(2, vocab))
+    near, labels = far.contiguous(), torch.tensor([1, 2])
+    grads = (torch.randn(2), torch.randn(2))
+    a, b = (
+        run(lambda x: fused_logprob.logprobs_and_entropy(x, labels, 0.9, impl), x, grads) for x in (far, near)
+    )
+    assert all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("logprobs", "entropy", "gradient")
+    )
+
+
 def test_dropping_a_token_copies_nothing() -> None:
     logits = torch.randn(2, 4, 8)
     rows = fused_logprob.row_grid(logits[:, :-1])
