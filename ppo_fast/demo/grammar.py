@@ -31,8 +31,8 @@ FRAMES = (
 )
 ADVERBS = ("rather", "quite", "somewhat", "almost", "mostly", "often")
 DAYS = ("monday", "tuesday", "friday", "sunday", "saturday")
-PEOPLE = ("my brother", "my uncle", "my neighbour", "the critic", "our teacher", "my aunt")
-PLACES = ("the cinema", "home", "the festival", "school", "the old theatre")
+PEOPLE = ("my brother", "my uncle", "my neighbour", "the barber", "our teacher", "my aunt")
+PLACES = ("the cinema", "home", "the town hall", "school", "the old theatre")
 POSITIVE = (
     "wonderful", "brilliant", "charming", "beautiful", "delightful",
     "great", "amazing", "lovely", "superb", "happy",

@@ -315,7 +315,7 @@ def _normalize(
         )
         gain, shift = (1 / std, -mean / std) if config.normalize else (unit.std, unit.mean)
         head_of(loss.model).weight.mul_(gain)
-    loss.model.config.score_bias = -(gain * float(loss.offset) + shift)
+    loss.model.config.score_bias = -(gain * loss.offset.item() + shift)
     return {"score_mean": mean * unit.std + unit.mean, "score_std": std * unit.std}
 
 

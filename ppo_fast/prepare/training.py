@@ -133,7 +133,8 @@ def trainer_arguments(config: Any, device: torch.device, n_rows: int) -> Iterato
             num_train_epochs=config.epochs,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
-            warmup_steps=math.ceil(config.warmup * steps),
+            # Rounded down: a run of one step must not spend it at rate 0.
+            warmup_steps=int(config.warmup * steps),
             seed=config.seed,
             bf16=config.autocast,
             use_cpu=device.type == "cpu",
