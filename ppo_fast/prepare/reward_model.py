@@ -148,27 +148,30 @@ def run_reward(config: RewardConfig) -> dict[str, float]:
 
 
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: RewardConfig) -> Texts:
-    """Encode the rows; which texts end with EOS is drawn a row, alike for both texts of a pair.
+    """Encode the rows; which texts end with EOS is drawn for each text apart.
+
+    Were both texts of a pair to end alike, no pair would ever compare an ended text with a cut one, and what
+    EOS is worth by itself would be left to chance; drawn apart, it is worth nothing.
 
     Raises:
         ValueError: a text is missing or blank, or a score is not a finite number; the message names row and
         key.
     """
-    rng = random.Random(config.seed)
-    ends = [
-        config.append_eos == "always" or (config.append_eos == "half" and rng.random() < 0.5) for _ in rows
-    ]
+    numbered = list(enumerate(rows, 1))
     if config.objective == "pairwise":
-        keys = ["chosen"] * len(rows) + ["rejected"] * len(rows)
-        numbered = [*enumerate(rows, 1)] * 2
+        texts = [(row, number, "chosen") for number, row in numbered]
+        texts += [(row, number, "rejected") for number, row in numbered]
         targets = None
     else:
-        keys = ["text" if row.get("text") is not None else "response" for row in rows]
-        numbered = [*enumerate(rows, 1)]
+        texts = [
+            (row, number, "text" if row.get("text") is not None else "response") for number, row in numbered
+        ]
         targets = torch.tensor([_score(row, number) for number, row in numbered])
+    rng = random.Random(config.seed)
+    share = {"always": 1.0, "half": 0.5, "never": 0.0}[config.append_eos]
     ids = [
-        _encode_one(row, number, key, tokenizer, config.max_length, eos=ends[number - 1])
-        for key, (number, row) in zip(keys, numbered, strict=True)
+        _encode_one(row, number, key, tokenizer, config.max_length, eos=rng.random() < share)
+        for row, number, key in texts
     ]
     return Texts(ids, targets)
 
