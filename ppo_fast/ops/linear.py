@@ -1,6 +1,7 @@
 """Public ops in hidden space: from a model's last hidden state and its head, without handing over logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from ppo_fast import reference
 from ppo_fast.ops import dispatch
 from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
-from ppo_fast.ops.losses import check_policy
+from ppo_fast.ops.losses import check_objective, check_policy
 from ppo_fast.records import PolicyLoss, Reduction
 
 
@@ -197,28 +198,21 @@ def linear_policy_loss(
     check = Checker("linear_policy_loss", "hidden", hidden, dims=3)
     rows = hidden.shape[:-1]
     vocab = _check_head(check, hidden, weight, bias, softcap)
-    check_policy(
-        check,
-        old_logprobs,
-        advantages,
-        mask,
-        rows,
-        clip_low,
-        clip_high,
-        dual_clip,
-        reduction,
-        normalizer,
-        log_ratio_clamp,
-    )
-    check.labels(labels, rows, "hidden without its last axis", vocab, mask)
-    check.number("entropy_coef", entropy_coef)
-    check.number("kl_coef", kl_coef)
+    surrogate: dict[str, Any] = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "log_ratio_clamp": log_ratio_clamp,
+    }
+    check_policy(check, old_logprobs, advantages, mask, rows, **surrogate)
+    check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
     if ref_hidden is not None and ref_weight is not None:
         _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
     elif kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
         check.fail(missing, "is None", "a tensor, since the KL term or another ref_ argument is given")
-    check.temperature(temperature, rows, mask)
     check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
     dispatch.resolve("linear_policy_loss", impl, hidden)
     return reference.linear_policy_loss(
@@ -230,16 +224,11 @@ def linear_policy_loss(
         mask,
         bias=bias,
         softcap=softcap,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
         entropy_coef=entropy_coef,
         ref_hidden=ref_hidden,
         ref_weight=ref_weight,
         ref_bias=ref_bias,
         kl_coef=kl_coef,
         temperature=temperature,
-        reduction=reduction,
-        normalizer=normalizer,
-        log_ratio_clamp=log_ratio_clamp,
+        **surrogate,
     )

@@ -1,6 +1,6 @@
 """Public ops for the losses: clipped policy loss, from log-probabilities or from logits, and value loss."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ def check_policy(
     advantages: Tensor,
     mask: Tensor,
     shape: tuple[int, ...],
+    *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -35,6 +36,22 @@ def check_policy(
     check.normalizer(normalizer)
     check.optional_number("log_ratio_clamp", log_ratio_clamp)
     check.finite(mask, old_logprobs=old_logprobs, advantages=advantages)
+
+
+def check_objective(
+    check: Checker,
+    labels: Tensor,
+    mask: Tensor,
+    vocab: int,
+    entropy_coef: float,
+    kl_coef: float,
+    temperature: float | Tensor,
+) -> None:
+    """The arguments that the policy losses with a vocabulary share."""
+    check.labels(labels, mask.shape, f"{check.anchor_name} without its last axis", vocab, mask)
+    check.number("entropy_coef", entropy_coef)
+    check.number("kl_coef", kl_coef)
+    check.temperature(temperature, mask.shape, mask)
 
 
 def policy_loss(
@@ -85,34 +102,18 @@ def policy_loss(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7; dual clip: Ye et al. 2020 (arXiv 1912.09729).
     """
     check, _ = tokens("policy_loss", "logprobs", logprobs, cu_seqlens)
-    check_policy(
-        check,
-        old_logprobs,
-        advantages,
-        mask,
-        logprobs.shape,
-        clip_low,
-        clip_high,
-        dual_clip,
-        reduction,
-        normalizer,
-        log_ratio_clamp,
-    )
+    surrogate: dict[str, Any] = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "log_ratio_clamp": log_ratio_clamp,
+    }
+    check_policy(check, old_logprobs, advantages, mask, logprobs.shape, **surrogate)
     check.finite(mask, logprobs=logprobs)
     dispatch.resolve("policy_loss", impl, logprobs)
-    return reference.policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        reduction=reduction,
-        normalizer=normalizer,
-        log_ratio_clamp=log_ratio_clamp,
-        cu_seqlens=cu_seqlens,
-    )
+    return reference.policy_loss(logprobs, old_logprobs, advantages, mask, cu_seqlens=cu_seqlens, **surrogate)
 
 
 def policy_loss_from_logits(
@@ -167,27 +168,19 @@ def policy_loss_from_logits(
     check = Checker("policy_loss_from_logits", "logits", logits, dims=3)
     if logits.shape[-1] == 0:
         check.fail("logits", f"has shape {tuple(logits.shape)}", "a vocabulary of at least 1")
-    rows = logits.shape[:-1]
-    check_policy(
-        check,
-        old_logprobs,
-        advantages,
-        mask,
-        rows,
-        clip_low,
-        clip_high,
-        dual_clip,
-        reduction,
-        normalizer,
-        log_ratio_clamp,
-    )
-    check.labels(labels, rows, "logits without its last axis", logits.shape[-1], mask)
-    check.number("entropy_coef", entropy_coef)
-    check.number("kl_coef", kl_coef)
+    surrogate: dict[str, Any] = {
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "log_ratio_clamp": log_ratio_clamp,
+    }
+    check_policy(check, old_logprobs, advantages, mask, logits.shape[:-1], **surrogate)
+    check_objective(check, labels, mask, logits.shape[-1], entropy_coef, kl_coef, temperature)
     check.optional_floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     if kl_coef != 0 and ref_logits is None:
         check.fail("ref_logits", "is None", f"a tensor, since `kl_coef` is {kl_coef}")
-    check.temperature(temperature, rows, mask)
     check.flag("inplace_backward", inplace_backward)
     check.logits(mask, logits=logits, ref_logits=ref_logits)
     dispatch.resolve("policy_loss_from_logits", impl, logits)
@@ -197,17 +190,12 @@ def policy_loss_from_logits(
         old_logprobs,
         advantages,
         mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
         entropy_coef=entropy_coef,
         ref_logits=ref_logits,
         kl_coef=kl_coef,
         temperature=temperature,
-        reduction=reduction,
-        normalizer=normalizer,
-        log_ratio_clamp=log_ratio_clamp,
         inplace_backward=inplace_backward,
+        **surrogate,
     )
 
 

@@ -255,8 +255,7 @@ def shaped_gae(
 ) -> Experience:
     """From four models' outputs to what PPO learns from: KL-shaped rewards, GAE, whitened advantages.
 
-    Equivalent to `kl_shaped_rewards`, then `gae`, then `masked_whiten` of the advantages; the returns are
-    taken before whitening.
+    Equivalent to `kl_shaped_rewards`, `gae`, `masked_whiten` of the advantages; returns are not whitened.
 
     Args:
         logprobs, ref_logprobs, scores, mask, kl_coef, clip_score, kind, score_index, token_rewards: as in

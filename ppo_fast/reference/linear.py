@@ -121,7 +121,7 @@ def linear_policy_loss(
     rows = (mask != 0).unsqueeze(-1)
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
-        ref_logits = project(keep(ref_hidden, rows), ref_weight, ref_bias, softcap)
+        ref_logits = project(ref_hidden, ref_weight, ref_bias, softcap)
     return policy_loss_from_logits(
         project(keep(hidden, rows), weight, bias, softcap),
         labels,

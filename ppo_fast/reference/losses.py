@@ -166,7 +166,7 @@ def policy_loss_from_logits(
     tau = torch.where(counted, temperature, 1.0) if isinstance(temperature, Tensor) else temperature
     logp = log_softmax_rows(keep(logits, rows), tau)
     out = policy_loss(
-        pick(logp, torch.where(counted, labels, 0)),
+        pick(logp, labels),
         old_logprobs,
         advantages,
         mask,

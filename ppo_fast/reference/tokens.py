@@ -187,7 +187,6 @@ def gae(
     discount = _per_row(gamma, r)
     decay = discount * _per_row(lam, r)
     end = v.new_zeros(v.shape[0]) if bootstrap is None else widen(bootstrap)
-    end = torch.where(counted.any(dim=1), end, 0.0)
     delta = r + discount * _next_values(v, counted, end, mask_rule) - v
     if mask_rule == "carry":
         delta = torch.where(counted, delta, 0.0)

@@ -48,63 +48,83 @@ def differentiable(value: Any) -> list[Tensor]:
     return [x for x in results(value) if x.requires_grad]
 
 
-def examples(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Call]:
-    """A call of every op; the mask has a hole, a short row and an empty row."""
-    random = torch.Generator().manual_seed(seed)
+class Draws:
+    """Random tensors of the common shapes; the mask has a hole, a short row and an empty row."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        self.mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+        self.labels = torch.randint(0, V, (B, T), generator=self.random)
 
-    labels = torch.randint(0, V, (B, T), generator=random)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
-    logits, ref_logits = normal(B, T, V), normal(B, T, V)
-    head = {"hidden": normal(B, T, D), "weight": normal(V, D), "bias": normal(V)}
-    ref_head = {"ref_hidden": normal(B, T, D), "ref_weight": normal(V, D), "ref_bias": normal(V)}
-    temperature = 0.5 + normal(B, T).abs()
-    pg = {"old_logprobs": normal(B, T) - 2, "advantages": normal(B, T), "mask": mask}
-    shaping = {"logprobs": normal(B, T), "ref_logprobs": normal(B, T), "scores": normal(B), "mask": mask}
-    scan = {"values": normal(B, T), "bootstrap": normal(B)}
-    bonus: dict[str, Any] = {"entropy_coef": 0.3, "kl_coef": 0.2, "dual_clip": 1.5}
-    rows = {"labels": labels, "temperature": temperature}
-    pg_covered = ("old_logprobs", "advantages")
-    learned_head = ("hidden", "weight", "bias")
-    calls = [
-        Call("logprobs_from_logits", {"logits": logits, **rows}, {}, ("logits",)),
-        Call("logprobs_and_entropy_from_logits", {"logits": logits, **rows}, {}, ("logits",)),
-        Call("entropy_from_logits", {"logits": logits, "temperature": temperature}, {}, ("logits",)),
-        Call("kl_from_logits", {"logits": logits, "ref_logits": ref_logits}, {}, ("logits",)),
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.dtype)
+
+    def tokens(self, *names: str) -> dict[str, Tensor]:
+        return {name: self.normal(B, T) for name in names}
+
+    def head(self, prefix: str = "") -> dict[str, Tensor]:
+        sizes = {"hidden": (B, T, D), "weight": (V, D), "bias": (V,)}
+        return {prefix + name: self.normal(*size) for name, size in sizes.items()}
+
+    def surrogate(self) -> dict[str, Tensor]:
+        old_logprobs, advantages = self.normal(B, T) - 2, self.normal(B, T)
+        old_logprobs[0, 0], advantages[0, 0] = -9.0, -1.0  # one token for the dual clip
+        return {"old_logprobs": old_logprobs, "advantages": advantages, "mask": self.mask}
+
+
+def vocabulary_calls(draw: Draws) -> list[Call]:
+    """The ops that see logits or hidden states."""
+    logits, ref_logits = {"logits": draw.normal(B, T, V)}, {"ref_logits": draw.normal(B, T, V)}
+    head, ref_head = draw.head(), draw.head("ref_")
+    temperature = {"temperature": 0.5 + draw.normal(B, T).abs()}
+    rows = {"labels": draw.labels, **temperature}
+    terms: dict[str, Any] = {"entropy_coef": 0.3, "kl_coef": 0.2, "dual_clip": 1.5}
+    covered = ("labels", "temperature", "old_logprobs", "advantages")
+    by_logits, by_head = ("logits",), ("hidden", "weight", "bias")
+    return [
+        Call("logprobs_from_logits", {**logits, **rows}, {}, by_logits),
+        Call("logprobs_and_entropy_from_logits", {**logits, **rows}, {}, by_logits),
+        Call("entropy_from_logits", {**logits, **temperature}, {}, by_logits),
+        Call("kl_from_logits", {**logits, **ref_logits}, {}, by_logits),
         Call(
             "policy_loss_from_logits",
-            {"logits": logits, "ref_logits": ref_logits, **rows, **pg},
-            bonus,
-            ("logits",),
-            ("logits", "ref_logits", "labels", "temperature", *pg_covered),
+            {**logits, **ref_logits, **rows, **draw.surrogate()},
+            terms,
+            by_logits,
+            ("logits", "ref_logits", *covered),
         ),
-        Call("linear_logprobs", {**head, **rows}, {"softcap": 3.0, "return_entropy": True}, learned_head),
-        Call("linear_kl", {**head, **ref_head}, {"softcap": 3.0}, learned_head),
+        Call("linear_logprobs", {**head, **rows}, {"softcap": 3.0, "return_entropy": True}, by_head),
+        Call("linear_kl", {**head, **ref_head}, {"softcap": 3.0}, by_head),
         Call(
             "linear_policy_loss",
-            {**head, **ref_head, **rows, **pg},
-            {**bonus, "softcap": 3.0},
-            learned_head,
-            ("hidden", "ref_hidden", "labels", "temperature", *pg_covered),
+            {**head, **ref_head, **rows, **draw.surrogate()},
+            {**terms, "softcap": 3.0},
+            by_head,
+            ("hidden", "ref_hidden", *covered),
         ),
-        Call(
-            "kl_estimate",
-            {k: shaping[k] for k in ("logprobs", "ref_logprobs")},
-            {"kind": "k3"},
-            ("logprobs",),
-        ),
+    ]
+
+
+def token_calls(draw: Draws) -> list[Call]:
+    """The ops that see one number a token."""
+    pair, mask = ("logprobs", "ref_logprobs"), {"mask": draw.mask}
+    shaping = {**draw.tokens(*pair), "scores": draw.normal(B), **mask}
+    scan = {**draw.tokens("values"), "bootstrap": draw.normal(B)}
+    moments = ("masked_mean", "masked_var", "masked_whiten", "masked_rescale")
+    critic = ("values", "old_values", "returns")
+    return [
+        Call("kl_estimate", draw.tokens(*pair), {"kind": "k3"}, ("logprobs",)),
         Call(
             "kl_shaped_rewards",
-            {**shaping, "token_rewards": normal(B, T)},
+            {**shaping, **draw.tokens("token_rewards")},
             {"kind": "k3"},
             ("logprobs", "scores", "token_rewards"),
-            ("logprobs", "ref_logprobs", "token_rewards"),
+            (*pair, "token_rewards"),
         ),
         Call(
             "gae",
-            {"rewards": normal(B, T), "mask": mask, **scan},
+            {**draw.tokens("rewards"), **mask, **scan},
             {"gamma": 0.9, "lam": 0.8},
             ("rewards", "values", "bootstrap"),
             ("rewards", "values"),
@@ -114,28 +134,24 @@ def examples(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Cal
             {**shaping, **scan},
             {"gamma": 0.9},
             ("logprobs", "scores", "values", "bootstrap"),
-            ("logprobs", "ref_logprobs", "values"),
+            (*pair, "values"),
         ),
-        *(
-            Call(name, {"x": normal(B, T), "mask": mask}, {}, ("x",), ("x",))
-            for name in ("masked_mean", "masked_var", "masked_whiten", "masked_rescale")
-        ),
+        *(Call(name, {**draw.tokens("x"), **mask}, {}, ("x",), ("x",)) for name in moments),
         Call(
             "policy_loss",
-            {"logprobs": normal(B, T) - 2, **pg},
+            {"logprobs": draw.normal(B, T) - 2, **draw.surrogate()},
             {"dual_clip": 1.5, "reduction": "seq-mean-token-mean"},
             ("logprobs",),
-            ("logprobs", *pg_covered),
+            ("logprobs", "old_logprobs", "advantages"),
         ),
-        Call(
-            "value_loss",
-            {k: normal(B, T) for k in ("values", "old_values", "returns")} | {"mask": mask},
-            {"clip": 0.5},
-            ("values",),
-            ("values", "old_values", "returns"),
-        ),
+        Call("value_loss", {**draw.tokens(*critic), **mask}, {"clip": 0.5}, ("values",), critic),
     ]
-    return {call.op: call for call in calls}
+
+
+def examples(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Call]:
+    """A call of every op, by its name."""
+    draw = Draws(seed, dtype)
+    return {call.op: call for call in (*vocabulary_calls(draw), *token_calls(draw))}
 
 
 OPS = tuple(examples())

@@ -44,6 +44,13 @@ def test_constants_get_no_gradient(calls, op: str) -> None:
     assert {k for k, x in fresh.items() if x.grad is not None} == set(call.learns)
 
 
+def test_of_a_loss_only_the_loss_carries_a_gradient(calls) -> None:
+    for op in ("policy_loss", "policy_loss_from_logits", "linear_policy_loss", "value_loss"):
+        out = calls.examples()[op].with_gradients()(impl="reference")
+        assert calls.differentiable(out) == [out.loss]
+        assert all(value.dim() == 0 for value in out.stats.values())
+
+
 def test_an_empty_mask_gives_zero_everywhere(calls, masked_op: str) -> None:
     call = calls.examples()[masked_op].with_gradients()
     out = call(mask=torch.zeros_like(call.tensors["mask"]))

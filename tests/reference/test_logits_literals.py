@@ -156,3 +156,13 @@ def test_linear_kl_lets_the_reference_have_its_own_width() -> None:
     assert_close(reference.linear_kl(h, w, ref_h, ref_w), f64(0.14384104))
     shifted = reference.linear_kl(h, w, ref_h, ref_w, bias=f64(1, 1), ref_bias=f64(0, -math.log(3)))
     assert_close(shifted, f64(0.0))
+
+
+def test_the_softcap_bends_both_models_alike() -> None:
+    h, w = torch.tensor([[HIDDEN]], dtype=torch.float64), torch.tensor(WEIGHT, dtype=torch.float64)
+    assert_close(reference.linear_kl(h, w, h, w, softcap=0.5), torch.zeros(1, 1, dtype=torch.float64))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    out = reference.linear_policy_loss(
+        h, w, one.long(), -one, one, one, softcap=0.5, ref_hidden=h, ref_weight=w, kl_coef=1.0
+    )
+    assert_close(out.stats["kl"].item(), 0.0)
