@@ -4,7 +4,7 @@ VENV ?= .venv
 RUNS ?= runs
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-NATIVE := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp)
+NATIVE := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 
 # The folder kernels/ must not shadow the package of that name; models are read from folders, never from a hub.
 export PYTHONSAFEPATH = 1
@@ -44,7 +44,8 @@ $(RUNS)/reviews/lm/config.json: | $(VENV)/.demo
 	$(BIN)/python -m ppo_fast.demo.reviews $(RUNS)/reviews
 
 $(RUNS)/reviews/reward/metrics.json: $(RUNS)/reviews/lm/config.json
-	$(BIN)/ppo-fast reward --config ppo_fast/demo/reviews_reward.yaml
+	$(BIN)/ppo-fast reward --config ppo_fast/demo/reviews_reward.yaml output=$(RUNS)/reviews/reward \
+	  model=$(RUNS)/reviews/lm data=$(RUNS)/reviews/pairs.jsonl heldout=$(RUNS)/reviews/pairs_heldout.jsonl
 
 $(RUNS)/quickstart/lm/config.json: | $(VENV)/.train
 	$(BIN)/python -m ppo_fast.demo.grammar $(RUNS)/quickstart

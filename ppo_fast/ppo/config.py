@@ -201,8 +201,8 @@ class EvaluationConfig:
     """At most this many of data.eval_prompts, the first ones."""
     judges: dict[str, str] = field(default_factory=dict)
     """Outside judges that never pay a reward: name -> function, named like a reward function."""
-    show_samples: int = 4
-    """Samples in the printed table."""
+    show_samples: int = 3
+    """Printed at the end: this many samples that gained most, and as many that gained least. 0 = none."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -52,7 +52,7 @@ def train(config: PPOConfig) -> Path:
     check_folder(folder, config.to_dict(), resume=resume)
     if resume and (folder / "report.html").is_file():
         tqdm.write(f"{folder} holds a finished run")
-        _print(folder)
+        _print(folder, config)
         return folder
     trainer = build_trainer(config)
     open_folder(folder, config.to_dict())
@@ -64,7 +64,7 @@ def train(config: PPOConfig) -> Path:
     with Recorder(folder, tensorboard=config.tensorboard) as recorder:
         _loop(trainer, config, recorder, folder)
     _save(trainer, config, folder)
-    _print(folder)
+    _print(folder, config)
     return folder
 
 
@@ -183,7 +183,8 @@ def _save(trainer: PPOTrainer, config: PPOConfig, folder: Path) -> None:
     write_report(run)
 
 
-def _print(folder: Path) -> None:
-    print_samples(folder)
+def _print(folder: Path, config: PPOConfig) -> None:
+    if config.evaluation.show_samples:
+        print_samples(folder, count=config.evaluation.show_samples)
     print_summary(folder)
     print(f"report: {folder / 'report.html'}   tuned model: {folder / 'actor'}")
