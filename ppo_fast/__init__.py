@@ -4,8 +4,10 @@ Importing this package needs torch alone; triton, transformers and the rest are 
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from ppo_fast import reference
+from ppo_fast.build import build_info
 from ppo_fast.ops.checks import check_inputs
 from ppo_fast.ops.dispatch import available_impls
 from ppo_fast.ops.linear import linear_kl, linear_logprobs, linear_policy_loss
@@ -20,14 +22,20 @@ from ppo_fast.ops.moments import masked_mean, masked_rescale, masked_var, masked
 from ppo_fast.ops.tokens import gae, kl_estimate, kl_shaped_rewards, shaped_gae
 from ppo_fast.records import Experience, PolicyLoss, Rollout, ValueLoss
 
+if TYPE_CHECKING:
+    from ppo_fast.ppo import PPOConfig, PPOTrainer
+
 __version__ = version("ppo-fast")
 
 __all__ = [
     "Experience",
+    "PPOConfig",
+    "PPOTrainer",
     "PolicyLoss",
     "Rollout",
     "ValueLoss",
     "available_impls",
+    "build_info",
     "check_inputs",
     "entropy_from_logits",
     "gae",
@@ -49,3 +57,12 @@ __all__ = [
     "shaped_gae",
     "value_loss",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The trainer brings transformers; the ops must not.
+    if name in ("PPOConfig", "PPOTrainer"):
+        from ppo_fast import ppo
+
+        return getattr(ppo, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

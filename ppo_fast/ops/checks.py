@@ -98,7 +98,7 @@ class Checker:
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
             self.fail(name, f"is a {type(value).__name__}", "a number", TypeError)
         number = float(value)  # type: ignore[arg-type]
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:  # torch.compile traces this, math.isfinite not
             self.fail(name, f"is {value}", "a finite number")
         if above is not None and not number > above:
             self.fail(name, f"is {value}", f"a number above {above}")
