@@ -7,6 +7,7 @@ vocabulary, a NaN under a true mask) would make a GPU wait for the host, so ther
 import math
 import numbers
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class Checker:
         if anchor.dim() == 0 and dims is None:
             self.fail(name, "has no dimensions", "at least one")
 
-    def fail(self, name: str, got: str, expected: str, error: type[Exception] = ValueError) -> None:
+    def fail(self, name: str, got: str, expected: str, error: type[Exception] = ValueError) -> NoReturn:
         """Raise: which op, which argument, what came, what was expected."""
         raise error(f"{self.op}: `{name}` {got}, expected {expected}")
 
@@ -75,6 +76,12 @@ class Checker:
             if not value.is_floating_point():
                 self.fail(name, f"has dtype {value.dtype}", "a floating dtype", TypeError)
 
+    def vocabulary(self, logits: Tensor) -> int:
+        """The last axis of `logits` holds at least one token; returns V."""
+        if logits.shape[-1] == 0:
+            self.fail("logits", f"has shape {tuple(logits.shape)}", "a vocabulary of at least 1")
+        return logits.shape[-1]
+
     def optional_floats(self, shape: Sequence[int], why: str, **tensors: Tensor | None) -> None:
         """Each tensor that is not None is real floating, of `shape`."""
         self.floats(shape, why, **{name: value for name, value in tensors.items() if value is not None})
@@ -97,7 +104,7 @@ class Checker:
         """`value` is a finite real number inside the stated bounds."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
             self.fail(name, f"is a {type(value).__name__}", "a number", TypeError)
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
         if not -math.inf < number < math.inf:  # torch.compile traces this, math.isfinite not
             self.fail(name, f"is {value}", "a finite number")
         if above is not None and not number > above:

@@ -32,11 +32,14 @@ def _check_ref_head(
     check: Checker,
     rows: Sequence[int],
     vocab: int,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
     """The reference's head: its own hidden size, the policy's rows and vocabulary."""
+    if ref_hidden is None or ref_weight is None:
+        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
+        check.fail(missing, "is a NoneType", "a torch.Tensor for the KL term", TypeError)
     check.tensor("ref_hidden", ref_hidden)
     width = ref_hidden.shape[-1] if ref_hidden.dim() else 0
     check.floats((*rows, width), "rows of hidden, then its own hidden size", ref_hidden=ref_hidden)
@@ -208,11 +211,8 @@ def linear_policy_loss(
     }
     check_policy(check, old_logprobs, advantages, mask, rows, **surrogate)
     check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
-    if ref_hidden is not None and ref_weight is not None:
+    if kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
         _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
-    elif kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
-        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
-        check.fail(missing, "is None", "a tensor, since the KL term or another ref_ argument is given")
     check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
     dispatch.resolve("linear_policy_loss", impl, hidden)
     return reference.linear_policy_loss(

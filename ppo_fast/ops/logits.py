@@ -20,8 +20,7 @@ def _fused(logits: Tensor, labels: Tensor, temperature: float | Tensor, impl: st
 def _check_rows(op: str, logits: Tensor, temperature: float | Tensor) -> Checker:
     """The arguments that every op here shares."""
     check = Checker(op, "logits", logits)
-    if logits.shape[-1] == 0:
-        check.fail("logits", f"has shape {tuple(logits.shape)}", "a vocabulary of at least 1")
+    check.vocabulary(logits)
     check.temperature(temperature, logits.shape[:-1])
     check.logits(None, logits=logits)
     return check

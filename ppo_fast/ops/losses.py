@@ -166,8 +166,7 @@ def policy_loss_from_logits(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 (clip), 8 (KL), 9 (entropy).
     """
     check = Checker("policy_loss_from_logits", "logits", logits, dims=3)
-    if logits.shape[-1] == 0:
-        check.fail("logits", f"has shape {tuple(logits.shape)}", "a vocabulary of at least 1")
+    vocab = check.vocabulary(logits)
     surrogate: dict[str, Any] = {
         "clip_low": clip_low,
         "clip_high": clip_high,
@@ -177,7 +176,7 @@ def policy_loss_from_logits(
         "log_ratio_clamp": log_ratio_clamp,
     }
     check_policy(check, old_logprobs, advantages, mask, logits.shape[:-1], **surrogate)
-    check_objective(check, labels, mask, logits.shape[-1], entropy_coef, kl_coef, temperature)
+    check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
     check.optional_floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     if kl_coef != 0 and ref_logits is None:
         check.fail("ref_logits", "is None", f"a tensor, since `kl_coef` is {kl_coef}")

@@ -39,8 +39,6 @@ VALUE_ERRORS: list[tuple[str, dict[str, Any], str]] = [
         {"ref_hidden": torch.zeros(3, 3)},
         r"`ref_hidden` has shape \(3, 3\), expected \(4, 5, 3\)",
     ),
-    ("linear_policy_loss", {"ref_hidden": None}, "`ref_hidden` is None, expected a tensor"),
-    ("linear_policy_loss", {"ref_weight": None, "kl_coef": 0.0}, "`ref_weight` is None, expected a tensor"),
     ("linear_policy_loss", {"hidden": torch.zeros(4, 3)}, r"`hidden` has shape \(4, 3\), expected 3 dimen"),
     ("policy_loss_from_logits", {"logits": torch.zeros(4, 7)}, r"`logits` has shape \(4, 7\), expected 3"),
     (
@@ -113,6 +111,9 @@ TYPE_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("linear_logprobs", {"weight": None}, "`weight` is a NoneType"),
     ("linear_logprobs", {"return_entropy": 1}, "`return_entropy` is a int, expected a bool"),
     ("linear_kl", {"ref_hidden": None}, "`ref_hidden` is a NoneType"),
+    ("linear_kl", {"ref_hidden": [0.0]}, "`ref_hidden` is a list, expected a torch.Tensor"),
+    ("linear_policy_loss", {"ref_hidden": None}, "`ref_hidden` is a NoneType, .* a torch.Tensor for the KL"),
+    ("linear_policy_loss", {"ref_weight": None, "kl_coef": 0.0}, "`ref_weight` is a NoneType"),
     ("policy_loss_from_logits", {"inplace_backward": "yes"}, "`inplace_backward` is a str, expected a bool"),
     ("kl_shaped_rewards", {"scores": 1.0}, "`scores` is a float, expected a torch.Tensor"),
     ("kl_shaped_rewards", {"score_index": torch.zeros(4)}, "`score_index` has dtype torch.float32"),
