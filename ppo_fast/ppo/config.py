@@ -96,6 +96,9 @@ class RolloutConfig:
         _require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 or a positive integer")
         if self.generation_batch_size is not None:
             _positive(self, "rollout", "generation_batch_size")
+        penalty = self.missing_eos_penalty
+        finite = penalty is None or math.isfinite(penalty)
+        _require(finite, "rollout.missing_eos_penalty", penalty, "a finite number")
 
 
 @dataclass
@@ -145,6 +148,9 @@ class ObjectiveConfig:
         for name in ("kl_coef", "clip_low", "clip_high"):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), f"objective.{name}", value, "a number >= 0")
+        _require(
+            self.clip_low <= 1, "objective.clip_low", self.clip_low, "at most 1: a ratio is never below 0"
+        )
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, f"objective.{name}", value, "a number in [0, 1]")
@@ -269,6 +275,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Check what no single section can see."""
         _positive(self, "", "steps")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2**32)")
         batch, minibatches = self.rollout.batch_size, self.objective.minibatches
         if batch % minibatches:
             raise ValueError(
@@ -278,6 +285,11 @@ class PPOConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, as written to config.yaml."""
         return dataclasses.asdict(self)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Rows behind one optimiser step."""
+        return self.rollout.batch_size // self.objective.minibatches
 
     @property
     def optimizer_steps(self) -> int:

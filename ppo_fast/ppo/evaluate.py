@@ -41,7 +41,7 @@ class Evaluator:
             rollout = self.generate(self.prompts)
         scores, kl = self.score(rollout)
         judged = {
-            name: call_reward_function(judge, name, rollout.prompts, rollout.responses)
+            name: call_reward_function(judge, f"judge {name}", rollout.prompts, rollout.responses)
             for name, judge in self.judges.items()
         }
         lengths = rollout.response_mask.sum(1)

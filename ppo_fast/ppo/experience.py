@@ -70,6 +70,15 @@ def micro_batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def first_pass(count: int, minibatch: int, micro: int) -> list[slice]:
+    """Rows of each forward pass of the first epoch: minibatches in order, each cut into micro-batches of its own."""
+    return [
+        slice(outer.start + inner.start, outer.start + inner.stop)
+        for outer in micro_batches(count, minibatch)
+        for inner in micro_batches(outer.stop - outer.start, micro)
+    ]
+
+
 @torch.no_grad()
 def score_rollout(
     rollout: Rollout,
@@ -88,7 +97,7 @@ def score_rollout(
     """
     mask = rollout.response_mask
     parts = []
-    for rows in micro_batches(mask.shape[0], config.objective.micro_batch_size):
+    for rows in first_pass(mask.shape[0], config.minibatch_size, config.objective.micro_batch_size):
         labels = rollout.response_ids[rows]
         logits = view.logits(actor, rollout, rows)
         kept = kept_tokens(logits, labels, config.rollout)

@@ -16,9 +16,10 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -112,6 +113,20 @@ def check_same_vocabulary(actor: PreTrainedModel, reference: PreTrainedModel) ->
         )
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Tokens that a model has an embedding for, padding rows of the table included."""
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+
+
+def check_reads_vocabulary(model: PreTrainedModel, field: str, actor: PreTrainedModel) -> None:
+    """A model that reads sampled tokens must have an embedding for each: ValueError naming `field` where it has not."""
+    known, sampled = vocabulary_size(model), actor.get_output_embeddings().weight.shape[0]
+    if known < sampled:
+        raise ValueError(
+            f"{field} has embeddings for {known} tokens, expected at least the {sampled} that models.actor can sample"
+        )
+
+
 def check_same_tokenizer(actor: Tokenizer, other: Tokenizer, source: str, field: str) -> None:
     """A model that reads the actor's tokens must mean the same by them: ValueError naming `field` where it does not."""
     ours, theirs = actor.get_vocab(), other.get_vocab()
@@ -186,7 +201,7 @@ def _load(from_pretrained: Callable[..., Any], source: str, field: str, **option
         raise ValueError(f"{field}: there is no folder {source!r}")
     try:
         return from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         what = (
             "cannot load the folder"
             if is_folder

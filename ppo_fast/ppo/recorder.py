@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ppo_fast.prepare.folders import write_whole
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -21,9 +23,9 @@ CONFIG = "config.yaml"
 class Recorder:
     """Appends one JSON object a step and one a sample; a line is on disk before the next step begins."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool, first_step: int) -> None:
         self.folder = folder
-        self.writer = _tensorboard(folder / "tensorboard") if tensorboard else None
+        self.writer = _tensorboard(folder / "tensorboard", first_step) if tensorboard else None
 
     def __enter__(self) -> Recorder:
         return self
@@ -62,14 +64,14 @@ def check_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
         raise ValueError(f"output_dir {str(folder)!r} is not empty, expected a new folder or resume=auto")
     if not saved.is_file():
         raise ValueError(f"output_dir {str(folder)!r} holds files but no {CONFIG}: not a run to resume")
-    _check_same_config(yaml.safe_load(saved.read_text()), config, saved)
+    _check_same_config(_saved_config(saved), config, saved)
 
 
 def open_folder(folder: Path, config: dict[str, Any]) -> None:
     """Make the run folder and write its config.yaml, unless a run that is resumed has done so."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).is_file():
-        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
 def drop_after(folder: Path, step: int) -> None:
@@ -79,7 +81,17 @@ def drop_after(folder: Path, step: int) -> None:
         if path.is_file():
             whole = path.read_text().split("\n")[:-1]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML ({error}), expected a run's settings") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds no settings, expected those of a run")
+    return saved
 
 
 def _check_same_config(saved: dict[str, Any], config: dict[str, Any], path: Path) -> None:
@@ -102,7 +114,8 @@ def _append(path: Path, records: list[dict[str, Any]]) -> None:
         os.fsync(stream.fileno())
 
 
-def _tensorboard(folder: Path) -> SummaryWriter:
+def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(folder))
+    # What an interrupted run drew past its checkpoint is taken back, as in metrics.jsonl.
+    return SummaryWriter(log_dir=str(folder), purge_step=first_step)

@@ -59,7 +59,8 @@ class FunctionReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores [B] float32; RewardError where the function raises or returns anything but B finite numbers."""
-        scores = call_reward_function(self.function, self.name, rollout.prompts, rollout.responses)
+        what = f"reward function {self.name}"
+        scores = call_reward_function(self.function, what, rollout.prompts, rollout.responses)
         return torch.tensor(scores, dtype=torch.float32, device=rollout.response_ids.device)
 
 
@@ -124,7 +125,7 @@ class WeightedReward:
 def call_reward_function(
     function: RewardFunction, name: str, prompts: list[str], responses: list[str]
 ) -> list[float]:
-    """Call a user's function and check what it returns.
+    """Call a user's function (a reward or a judge; `name` is what an error calls it) and check what it returns.
 
     Raises RewardError, with the user's own exception as its cause, where the function raises; where it returns
     another number of scores than prompts; and where a score is no finite number (the sample is named).
@@ -133,11 +134,9 @@ def call_reward_function(
         scores = function(prompts, responses)
     values = scores.tolist() if isinstance(scores, Tensor) else scores
     if not isinstance(values, (list, tuple)) and not hasattr(values, "__len__"):
-        raise RewardError(
-            f"reward function {name} returned {type(values).__name__}, expected a list of floats"
-        )
+        raise RewardError(f"{name} returned {type(values).__name__}, expected a list of floats")
     if len(values) != len(prompts):
-        raise RewardError(f"reward function {name} returned {len(values)} scores for {len(prompts)} prompts")
+        raise RewardError(f"{name} returned {len(values)} scores for {len(prompts)} prompts")
     return [_score(value, name, row, responses[row]) for row, value in enumerate(values)]
 
 
@@ -163,10 +162,10 @@ def load_reward(
     return WeightedReward(loaded, tuple(source.weight for source in sources))
 
 
-def first_reward_model(reward: Reward) -> PreTrainedModel | None:
-    """The first model among the sources that reads the actor's tokens, from which a critic may start."""
+def token_models(reward: Reward) -> list[PreTrainedModel]:
+    """The models among the sources that read the actor's tokens; a critic may start from the first."""
     sources = reward.sources if isinstance(reward, WeightedReward) else (reward,)
-    return next((source.model for source in sources if isinstance(source, TokenReward)), None)
+    return [source.model for source in sources if isinstance(source, TokenReward)]
 
 
 def _load_source(source: RewardSource, tokenizer: Tokenizer, models: ModelsConfig, batch_size: int) -> Reward:
@@ -182,10 +181,9 @@ def _load_source(source: RewardSource, tokenizer: Tokenizer, models: ModelsConfi
 
 
 def _module(name: str, field: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"{field}: cannot import {name!r}: {error}") from error
+    with _blame(f"{field}: importing {name!r}"):
+        module = importlib.import_module(name)
+    return module
 
 
 def _module_from_file(path: str, field: str) -> ModuleType:
@@ -196,39 +194,34 @@ def _module_from_file(path: str, field: str) -> ModuleType:
     assert spec is not None  # a .py file always has a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _blame(f"{field}: importing {path!r}"):
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"{field}: cannot import {path!r}: {error}") from error
     return module
 
 
 class _blame:
     """Report whatever a user's code raises as that code's error, with the original as its cause."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, what: str) -> None:
+        self.what = what
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            raise RewardError(
-                f"reward function {self.name} raised {type(error).__name__}: {error}"
-            ) from error
+        # A user's sys.exit would otherwise end the run as if it were done.
+        if isinstance(error, Exception | SystemExit):
+            raise RewardError(f"{self.what} raised {type(error).__name__}: {error}") from error
 
 
 def _score(value: Any, name: str, row: int, response: str) -> float:
     try:
         score = float(value)
     except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"reward function {name} returned {value!r} for sample {row}, expected a float"
-        ) from error
+        raise RewardError(f"{name} returned {value!r} for sample {row}, expected a float") from error
     if not math.isfinite(score):
         raise RewardError(
-            f"reward function {name} returned {score} for sample {row}, expected a finite number; "
+            f"{name} returned {score} for sample {row}, expected a finite number; "
             f"its response was {response[:80]!r}"
         )
     return score

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ppo_fast.ppo.config import RolloutConfig
-from ppo_fast.ppo.models import autocast
+from ppo_fast.ppo.models import autocast, vocabulary_size
+from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.records import Rollout
 
 PAD_FILLER = 0  # any id will do where a tokenizer has no pad: masks say what counts
@@ -45,31 +47,45 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                     f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
                 )
             chat = _chat(record["messages"], f"{where}: record {number}")
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            try:
+                text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise ValueError(
+                    f"{where}: record {number}: the chat template refuses it: {error}"
+                ) from error
+            ids = text_ids(tokenizer, text)
         else:
             text = record["prompt"]
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{where}: record {number} has the prompt {text!r}, expected text that is not blank"
                 )
-            ids = tokenizer(text)["input_ids"]
+            ids = opening_ids(tokenizer) + text_ids(tokenizer, text)
         if not ids:
             raise ValueError(f"{where}: record {number} has a prompt without tokens: {text!r}")
         prompts.append(Prompt(text, tuple(ids)))
     return prompts
 
 
-def check_lengths(prompts: Sequence[Prompt], model: PreTrainedModel, new_tokens: int, where: str) -> None:
-    """Every prompt and a full response must fit the model's context: ValueError naming the first that does not."""
+def check_prompts(
+    prompts: Sequence[Prompt], model: PreTrainedModel, field: str, new_tokens: int, where: str
+) -> None:
+    """Every prompt and a full response must fit the model that `field` names: its context and its vocabulary.
+
+    Raises ValueError naming the first record that does not.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None:
-        return
+    known = vocabulary_size(model)
     for number, prompt in enumerate(prompts, start=1):
-        if len(prompt.ids) + new_tokens > limit:
+        if limit is not None and len(prompt.ids) + new_tokens > limit:
             raise ValueError(
                 f"{where}: record {number} has {len(prompt.ids)} tokens; with rollout.max_new_tokens={new_tokens} "
-                f"that is over the context of {limit} tokens: shorten the prompt ({prompt.text[:60]!r}...)"
+                f"that is over the context of {field}, {limit} tokens: shorten the prompt ({prompt.text[:60]!r}...)"
+            )
+        if max(prompt.ids) >= known:
+            raise ValueError(
+                f"{where}: record {number} has token {max(prompt.ids)}, but {field} knows {known} tokens: "
+                "the tokenizer is of another model"
             )
 
 
@@ -83,15 +99,17 @@ class PromptSampler:
 
     def draw(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
-        chosen = []
-        for index in range(self.drawn, self.drawn + count):
-            epoch, place = divmod(index, len(self.prompts))
-            chosen.append(self.prompts[self._order(epoch)[place]])
-        self.drawn += count
+        chosen: list[Prompt] = []
+        while len(chosen) < count:
+            epoch, place = divmod(self.drawn, len(self.prompts))
+            rows = self._order(epoch)[place : place + count - len(chosen)]
+            chosen += [self.prompts[row] for row in rows]
+            self.drawn += len(rows)
         return chosen
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
+        # A prime apart: the second pass of one seed is not the first of the next.
+        generator = torch.Generator().manual_seed(self.seed + 100_003 * epoch)
         return torch.randperm(len(self.prompts), generator=generator).tolist()
 
 

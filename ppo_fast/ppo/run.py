@@ -17,10 +17,11 @@ from ppo_fast.ppo import models
 from ppo_fast.ppo.config import PPOConfig
 from ppo_fast.ppo.evaluate import Evaluation
 from ppo_fast.ppo.recorder import Recorder, check_folder, drop_after, open_folder
-from ppo_fast.ppo.rewards import Reward, first_reward_model, load_function, load_reward
+from ppo_fast.ppo.rewards import Reward, load_function, load_reward, token_models
 from ppo_fast.ppo.rollout import Prompt, encode_prompts
 from ppo_fast.ppo.trainer import PPOTrainer
 from ppo_fast.prepare.data import read_rows
+from ppo_fast.prepare.folders import write_whole
 from ppo_fast.report import (
     describe_environment,
     print_samples,
@@ -31,6 +32,7 @@ from ppo_fast.report import (
     write_report,
 )
 
+FINISHED = "finished.json"  # written last: what is in the folder then is all there
 PROMPT_KEYS = [("prompt",), ("messages",)]
 
 
@@ -38,7 +40,7 @@ def train(config: PPOConfig) -> Path:
     """Run PPO as `config` says; returns the run folder, which then holds
 
     config.yaml, environment.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ (if asked for), actor/ and
-    critic/ (save_pretrained layout, model card), report.html and its PNG curves.
+    critic/ (save_pretrained layout, model card), report.html, its PNG curves, and finished.json.
 
     A finished run that is resumed is reported again and not trained further.
 
@@ -50,18 +52,18 @@ def train(config: PPOConfig) -> Path:
     resume = config.resume == "auto"
     refuse_before_loading(config)
     check_folder(folder, config.to_dict(), resume=resume)
-    if resume and (folder / "report.html").is_file():
+    if resume and (folder / FINISHED).is_file():
         tqdm.write(f"{folder} holds a finished run")
         _print(folder, config)
         return folder
     trainer = build_trainer(config)
     open_folder(folder, config.to_dict())
-    (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=1))
+    write_whole(folder / "environment.json", json.dumps(describe_environment(), indent=1))
     if trainer.restore(folder / "checkpoints"):
         tqdm.write(f"resuming after step {trainer.steps_done}")
     # Without a checkpoint nothing of an interrupted run counts, the evaluation before its first step included.
     drop_after(folder, trainer.steps_done if trainer.steps_done else -1)
-    with Recorder(folder, tensorboard=config.tensorboard) as recorder:
+    with Recorder(folder, tensorboard=config.tensorboard, first_step=trainer.steps_done + 1) as recorder:
         _loop(trainer, config, recorder, folder)
     _save(trainer, config, folder)
     _print(folder, config)
@@ -121,7 +123,7 @@ def load_critic(
 ) -> PreTrainedModel:
     """The critic by `models.critic`: from the reward model, from the actor, or from a folder."""
     choice = config.models.critic
-    source = first_reward_model(reward)
+    source = next(iter(token_models(reward)), None)
     if choice == "reward" and source is None:
         raise ValueError(
             "models.critic is `reward`, but no reward model reads the actor's tokens; try `actor`"
@@ -181,6 +183,7 @@ def _save(trainer: PPOTrainer, config: PPOConfig, folder: Path) -> None:
     settings: dict[str, Any] = config.to_dict()
     write_model_card(folder / "actor", config.models.actor, settings, summarise(run))
     write_report(run)
+    write_whole(folder / FINISHED, json.dumps({"steps": trainer.steps_done}))
 
 
 def _print(folder: Path, config: PPOConfig) -> None:

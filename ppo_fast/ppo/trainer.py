@@ -25,10 +25,10 @@ from ppo_fast.ppo.experience import (
     micro_batches,
     score_rollout,
 )
-from ppo_fast.ppo.models import check_same_vocabulary, freeze
+from ppo_fast.ppo.models import check_reads_vocabulary, check_same_vocabulary, freeze
 from ppo_fast.ppo.objectives import AdaptiveKLController
-from ppo_fast.ppo.rewards import Reward, RewardFunction
-from ppo_fast.ppo.rollout import Prompt, PromptSampler, check_lengths, generate
+from ppo_fast.ppo.rewards import Reward, RewardFunction, token_models
+from ppo_fast.ppo.rollout import Prompt, PromptSampler, check_prompts, generate
 from ppo_fast.ppo.update import Learner, Updater, UpdateStats
 from ppo_fast.records import Experience, Rollout
 
@@ -49,7 +49,8 @@ class PPOTrainer:
         judges: outside judges of held-out responses, by name.
 
     Raises:
-        ValueError: vocabularies of actor and reference differ, there is no prompt, or a prompt is too long.
+        ValueError: vocabularies of actor and reference differ, a model that reads tokens lacks some or has too short a
+            context, or there is no prompt.
     """
 
     def __init__(
@@ -68,8 +69,12 @@ class PPOTrainer:
         if not prompts:
             raise ValueError("prompts is empty, expected at least one prompt")
         check_same_vocabulary(actor, reference)
-        check_lengths(prompts, actor, config.rollout.max_new_tokens, "data.prompts")
-        check_lengths(eval_prompts, actor, config.rollout.max_new_tokens, "data.eval_prompts")
+        readers = {"models.actor": actor, "models.reference": reference, "models.critic": critic}
+        readers |= {f"rewards.model {index}": model for index, model in enumerate(token_models(reward))}
+        for field, model in readers.items():
+            check_reads_vocabulary(model, field, actor)
+            for where, group in (("data.prompts", prompts), ("data.eval_prompts", eval_prompts)):
+                check_prompts(group, model, field, config.rollout.max_new_tokens, where)
         self.config = config
         self.tokenizer = tokenizer
         self.reference = freeze(reference)
@@ -146,8 +151,7 @@ class PPOTrainer:
         The first pass takes the rows as they were scored (prompts come shuffled already), so that the first ratio is
         exactly 1; later passes shuffle.
         """
-        size = self.config.rollout.batch_size // self.config.objective.minibatches
-        slices = micro_batches(self.config.rollout.batch_size, size)
+        slices = micro_batches(self.config.rollout.batch_size, self.config.minibatch_size)
         if epoch == 0:
             yield from slices
             return

@@ -38,10 +38,10 @@ class Learner:
         """Rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
 
-    def step(self) -> Tensor:
-        """Clip, step, advance the schedule, clear the gradients. Returns the 2-norm before clipping.
+    def clip(self) -> Tensor:
+        """Scale the gradients down to the limit; returns their 2-norm before.
 
-        Raises FloatingPointError where the norm is not finite; the weights are untouched then.
+        Raises FloatingPointError where the norm is not finite.
         """
         limit = self.max_grad_norm or torch.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -50,10 +50,13 @@ class Learner:
                 f"the {self.name}'s gradient norm is {float(norm)}: the update was not applied. Lower "
                 f"optimizer.{self.name}_lr, or look at objective/kl in metrics.jsonl for a run that had gone astray"
             )
+        return norm
+
+    def step(self) -> None:
+        """Step the weights, advance the schedule, clear the gradients."""
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,11 @@ class Updater:
             value.loss.backward()
             stats.append((mask[part].sum(), policy, value))
         means = _pool(stats)
-        means["optim/actor_grad_norm"] = self.actor.step()
-        means["optim/critic_grad_norm"] = self.critic.step()
+        # Both norms before either step: a gradient that is not finite leaves both models as they were.
+        learners = (self.actor, self.critic)
+        means |= {f"optim/{learner.name}_grad_norm": learner.clip() for learner in learners}
+        for learner in learners:
+            learner.step()
         ratio_max = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats]).max()
         return UpdateStats(mask.sum(), means, ratio_max)
 

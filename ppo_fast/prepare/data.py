@@ -31,9 +31,15 @@ def read_jsonl(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]
 
 def read_csv(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]:
     """Read a csv file with a header line, every value a string; arguments and errors as `read_jsonl`."""
-    with _existing(path).open(encoding="utf-8", newline="") as file:
+    # utf-8-sig: spreadsheets write a byte order mark, which would become part of the first column's name.
+    with _existing(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        rows = list(_checked(Path(path), ((reader.line_num, row) for row in reader), required))
+        try:
+            rows = list(_checked(Path(path), ((reader.line_num, row) for row in reader), required))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: after line {reader.line_num}: not UTF-8 ({error.reason})") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: after line {reader.line_num}: not csv ({error})") from error
     return _non_empty(Path(path), rows)
 
 
@@ -59,6 +65,8 @@ def strings(path: str | Path, rows: list[Row], key: str) -> list[str]:
 
 def _existing(path: str | Path) -> Path:
     file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder, expected a file")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     return file
@@ -70,9 +78,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"))
+            row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: line {number}: not UTF-8 ({error.reason})") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}: line {number}: nested too deep") from error
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}: line {number}: not JSON ({error.msg}, column {error.colno})"

@@ -14,6 +14,7 @@ from torch import Tensor
 from ppo_fast.prepare.data import Row
 from ppo_fast.prepare.folders import refuse_non_empty, staged
 from ppo_fast.prepare.scoring import RewardLoss, features, head_of, load_scorer
+from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.prepare.training import (
     check_training,
     load_tokenizer,
@@ -185,8 +186,7 @@ def _encode_one(
         isinstance(text, str) and bool(text.strip()), f"row {number}: {key}", text, "text that is not blank"
     )
     # Apart, as in PPO, where the response is generated after the prompt's tokens.
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
-    ids = ids + tokenizer(text, add_special_tokens=False).input_ids
+    ids = opening_ids(tokenizer) + (text_ids(tokenizer, prompt) if prompt else []) + text_ids(tokenizer, text)
     if eos:
         ids.append(tokenizer.eos_token_id)
     return ids[:max_length]

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ppo_fast.prepare.data import Row
 from ppo_fast.prepare.folders import refuse_non_empty, staged
+from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.prepare.training import (
     check_training,
     load_tokenizer,
@@ -139,8 +140,10 @@ def encode_rows(
     examples = []
     for number, row in enumerate(rows, start=1):
         prompt, response = _prompt_and_response(row, number, tokenizer)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []
-        ids = prompt_ids + tokenizer(response, add_special_tokens=False).input_ids
+        # A chat template writes its own opening token.
+        prompt_ids = [] if row.get("messages") is not None else opening_ids(tokenizer)
+        prompt_ids = prompt_ids + (text_ids(tokenizer, prompt) if prompt else [])
+        ids = prompt_ids + text_ids(tokenizer, response)
         if config.append_eos and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         ids = ids[: config.max_length]

@@ -141,7 +141,7 @@ def test_a_reward_model_that_scores_nan_names_the_sample(world: Any) -> None:
     ("spec", "message"),
     [
         ("nonsense", "expected `package.module:name` or `path/to/file.py:name`"),
-        ("no.such.module:f", "cannot import 'no.such.module'"),
+        ("no.such.module:f", "importing 'no.such.module' raised ModuleNotFoundError"),
         ("math:no_such", "'math' has no function 'no_such'"),
         ("missing/file.py:f", "there is no file 'missing/file.py'"),
     ],
@@ -149,6 +149,15 @@ def test_a_reward_model_that_scores_nan_names_the_sample(world: Any) -> None:
 def test_a_function_that_cannot_be_found(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"rewards\.function.*" + message):
         load_function(spec, "rewards.function")
+
+
+@pytest.mark.parametrize(
+    "line", ["raise RuntimeError('at import')", "import sys; sys.exit(0)", "undefined", "def f(:"]
+)
+def test_a_file_that_fails_at_import_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "broken.py").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"rewards.function: importing '.*broken.py' raised"):
+        load_function(f"{tmp_path / 'broken.py'}:score", "rewards.function")
 
 
 def test_a_function_from_a_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ppo_fast.ppo.experience import PolicyView
 from ppo_fast.ppo.models import position_ids, response_logits
 from ppo_fast.ppo.rollout import (
     PromptSampler,
-    check_lengths,
+    check_prompts,
     counted_tokens,
     decode,
     encode_prompts,
@@ -194,6 +194,8 @@ def test_blank_prompts_are_refused(world: Any, prompt: Any) -> None:
 
 def test_prompts_beyond_the_context_are_refused(world: Any) -> None:
     long = encode_prompts([{"prompt": "the film"}, {"prompt": "the " * 60}], world.tokenizer, "data.jsonl")
-    with pytest.raises(ValueError, match=r"data.jsonl: record 2 has 60 tokens; .*over the context of 64"):
-        check_lengths(long, world.actor(), 6, "data.jsonl")
-    check_lengths(long, world.actor(), 4, "data.jsonl")
+    with pytest.raises(
+        ValueError, match=r"record 2 has 60 tokens; .*over the context of models.actor, 64 tokens"
+    ):
+        check_prompts(long, world.actor(), "models.actor", 6, "data.jsonl")
+    check_prompts(long, world.actor(), "models.actor", 4, "data.jsonl")

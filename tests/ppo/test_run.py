@@ -59,7 +59,14 @@ def test_a_run_leaves_everything_a_reader_needs(settings: Callable[..., PPOConfi
     folder = train(settings(tensorboard=True, checkpoint=CheckpointConfig(every=2)))
     names = {path.name for path in folder.iterdir()}
     curves = {"reward.png", "kl.png", "losses.png", "clip_fraction.png", "entropy.png", "lengths.png"}
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "report.html"} | curves
+    expected = {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "finished.json",
+    } | curves
     assert expected | {"actor", "critic", "tensorboard", "checkpoints"} == names
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 4
     steps = [record["step"] for record in records(folder) if "event" not in record]
@@ -137,6 +144,71 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
         kept = {key for key in theirs if not key.startswith(("time/", "throughput/"))}
         assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept}
     assert records(resumed, "samples.jsonl") == records(whole, "samples.jsonl")
+
+
+def test_a_report_of_an_interrupted_run_does_not_finish_it(
+    settings: Callable[..., PPOConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ppo_fast.ppo.trainer import PPOTrainer
+    from ppo_fast.report import write_report
+
+    step = PPOTrainer.step
+
+    def stopped(self: PPOTrainer) -> dict[str, float]:
+        if self.steps_done == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    config = settings(resume="auto", checkpoint=CheckpointConfig(every=1))
+    monkeypatch.setattr(PPOTrainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    write_report(tmp_path / "run")
+    folder = train(config)
+    assert [record["step"] for record in records(folder) if "event" not in record] == [1, 2, 3, 4]
+    assert (folder / "actor" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no settings"), ("a: [", "is no YAML"), ("steps: 3\n", "other settings")],
+)
+def test_settings_of_a_run_that_cannot_be_read(
+    settings: Callable[..., PPOConfig], tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config.yaml .*" + message):
+        train(settings(resume="auto"))
+
+
+def test_models_that_cannot_read_what_the_actor_samples(
+    settings: Callable[..., PPOConfig], saved: Callable[..., str], world: Any, tmp_path: Path
+) -> None:
+    wide = saved(world.actor(vocab_size=64), "wide")
+    with pytest.raises(
+        ValueError, match="models.critic has embeddings for 40 tokens, expected at least the 64"
+    ):
+        train(settings(models=ModelsConfig(actor=wide, device="cpu")))
+    narrow = saved(world.actor(vocab_size=9), "narrow")
+    config = settings(models=ModelsConfig(actor=narrow, critic="actor", device="cpu"))
+    with pytest.raises(ValueError, match="record 4 has token 11, but models.actor knows 9 tokens"):
+        train(config)
+    short = saved(world.classifier(max_position_embeddings=9), "short")
+    with pytest.raises(ValueError, match="over the context of models.critic, 9 tokens"):
+        train(settings(rewards=[RewardSource(model=short)]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_weights_file(
+    settings: Callable[..., PPOConfig], saved: Callable[..., str], world: Any
+) -> None:
+    folder = saved(world.actor(), "torn")
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"models.actor: cannot load the folder .*torn"):
+        train(settings(models=ModelsConfig(actor=folder, device="cpu")))
 
 
 def test_a_finished_run_is_not_trained_again(settings: Callable[..., PPOConfig], capsys: Any) -> None:

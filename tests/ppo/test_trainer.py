@@ -40,6 +40,32 @@ def test_first_ratio_is_exactly_one(world: Any, rollout: RolloutConfig, bf16: bo
     assert float(again.means["policy/approx_kl"]) > 0.0  # the step did move the policy
 
 
+@pytest.mark.parametrize(("minibatches", "micro"), [(1, 8), (2, 3), (4, 8), (1, 3), (8, 2)])
+def test_the_first_pass_trains_in_the_company_that_was_scored(
+    world: Any, monkeypatch: pytest.MonkeyPatch, minibatches: int, micro: int
+) -> None:
+    """The same rows in the same forward passes: on other hardware a row's last bits may depend on its neighbours."""
+    from ppo_fast.ppo.experience import PolicyView
+
+    seen: list[Any] = []
+    logits = PolicyView.logits
+
+    def noted(self: PolicyView, model: Any, rollout: Any, rows: Any) -> torch.Tensor:
+        if model is trainer.actor.model:
+            seen.append(rows)
+        return logits(self, model, rollout, rows)
+
+    monkeypatch.setattr(PolicyView, "logits", noted)
+    trainer = world.trainer(world.config(objective={"minibatches": minibatches, "micro_batch_size": micro}))
+    scored = trainer.score(trainer.sample(world.prompts))
+    scoring, seen[:] = list(seen), []
+    experience = trainer.experience(scored)
+    for rows in trainer.minibatches(0):
+        trainer.updater.minibatch(scored, experience, rows)
+    assert seen == scoring
+    assert [row for rows in seen for row in range(rows.start, rows.stop)] == list(range(8))
+
+
 def test_dropout_stays_off(world: Any) -> None:
     """With dropout in the config the first ratio would be noise if a model were ever in train mode."""
     actor = world.actor(attention_dropout=0.5)
@@ -140,6 +166,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(world: Any) -> N
     before = copy.deepcopy(trainer.actor.model.state_dict())
     poisoned = experience._replace(advantages=torch.full_like(experience.advantages, torch.inf))
     with pytest.raises(FloatingPointError, match="the actor's gradient norm is .*actor_lr"):
+        trainer.updater.minibatch(scored, poisoned, slice(0, 8))
+    assert all(torch.equal(before[key], value) for key, value in trainer.actor.model.state_dict().items())
+
+
+def test_a_bad_critic_gradient_leaves_the_actor_alone(world: Any) -> None:
+    trainer = world.trainer()
+    scored = trainer.score(trainer.sample(world.prompts))
+    experience = trainer.experience(scored)
+    before = copy.deepcopy(trainer.actor.model.state_dict())
+    poisoned = experience._replace(returns=torch.full_like(experience.returns, torch.inf))
+    with pytest.raises(FloatingPointError, match="the critic's gradient norm"):
         trainer.updater.minibatch(scored, poisoned, slice(0, 8))
     assert all(torch.equal(before[key], value) for key, value in trainer.actor.model.state_dict().items())
 

@@ -58,3 +58,29 @@ def test_csv_has_the_same_rows_and_the_same_errors(tmp_path):
     assert read_rows(path, PAIR) == [{"chosen": "a, b", "rejected": "c"}, {"chosen": "d", "rejected": "e"}]
     with pytest.raises(ValueError, match=r"line 2: has keys \{chosen, rejected\}, expected \{text\}"):
         read_csv(path, [("text",)])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,score\nhello,1\n")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "hello"}\n')
+    for name in ("a.csv", "a.jsonl"):
+        assert read_rows(tmp_path / name, [("prompt",)])[0]["prompt"] == "hello"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt\nok\n\xff\n", "a.csv: after line .*: not UTF-8"),
+        ("a.csv", b"prompt\n" + b"x" * 200_000 + b"\n", "a.csv: after line .*: not csv"),
+        ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1: nested too deep"),
+    ],
+)
+def test_files_broken_in_other_ways(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / name, [("prompt",)])
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, expected a file"):
+        read_rows(tmp_path, [("prompt",)])
