@@ -59,7 +59,14 @@ def test_a_run_leaves_everything_a_reader_needs(settings: Callable[..., PPOConfi
     folder = train(settings(tensorboard=True, checkpoint=CheckpointConfig(every=2)))
     names = {path.name for path in folder.iterdir()}
     curves = {"reward.png", "kl.png", "losses.png", "clip_fraction.png", "entropy.png", "lengths.png"}
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "report.html", "finished.json"}
+    files = {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "finished.json",
+    }
     assert files | curves | {"actor", "critic", "tensorboard", "checkpoints"} == names
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 4
     steps = [record["step"] for record in records(folder) if "event" not in record]
