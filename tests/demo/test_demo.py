@@ -121,8 +121,8 @@ def test_the_grammar_is_repeatable_and_fills_every_place():
     assert texts != grammar.sentences(500, seed=2)
     assert not any("{" in text for text in texts)
     share = sum(word in grammar.POSITIVE for text in texts for word in text.split()) / 1000
-    # Two open places a sentence, 36% of them positive; the standard error is 1.5%.
-    assert share == pytest.approx(0.36, abs=0.05)
+    # Two open places a sentence, 32% of them positive; the standard error is 1.5%.
+    assert share == pytest.approx(0.32, abs=0.05)
 
 
 @has_vader
