@@ -21,6 +21,7 @@ from ppo_fast.ppo.rollout import (
     ended,
     generate,
     left_pad,
+    sampling_config,
 )
 
 CPU = torch.device("cpu")
@@ -143,6 +144,17 @@ def test_scored_distribution_is_the_sampled_one(world: Any, config: RolloutConfi
     mask = rollout.response_mask
     torch.testing.assert_close(logprobs[mask].double(), sampled[mask], rtol=1e-3, atol=1e-4)
     assert actor.generation_config.repetition_penalty == 5.0  # set aside while sampling, not thrown away
+
+
+def test_the_sampler_is_asked_for_every_token(world: Any) -> None:
+    """generate's own default is top-k 50, which no vocabulary of this file's size would notice."""
+    config = sampling_config(RolloutConfig(), [1], 0)
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 1.0, 1.0, 0)
+    assert [
+        name
+        for name in ("repetition_penalty", "min_new_tokens", "min_p", "typical_p")
+        if getattr(config, name)
+    ] == []
 
 
 def test_kl_of_equal_policies_is_zero_under_every_sampler(world: Any) -> None:
