@@ -187,6 +187,33 @@ def test_messages_go_through_the_chat_template(world: Any) -> None:
     assert encode_prompts([record], tokenizer, "chat.jsonl")[0].text == "a the film was"
 
 
+def test_a_chat_that_the_template_refuses_is_named(world: Any) -> None:
+    tokenizer = world.other_tokenizer(world.tokenizer.get_vocab())
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    record = {"messages": [{"role": "user", "content": "the film"}]}
+    with pytest.raises(ValueError, match="chat.jsonl: record 1: the chat template refuses it: roles must"):
+        encode_prompts([record], tokenizer, "chat.jsonl")
+
+
+def test_prompts_open_as_the_tokenizer_opens_texts(world: Any) -> None:
+    """BOS where the tokenizer adds one, as in training; an EOS that it adds would end the prompt and stays out."""
+    from tokenizers.processors import TemplateProcessing
+
+    from ppo_fast.prepare.reward_model import _encode_one
+
+    tokenizer = world.other_tokenizer(world.tokenizer.get_vocab())
+    row = {"prompt": "the film", "chosen": "was good"}
+    assert encode_prompts([row], tokenizer, "x")[0].ids == (5, 7)
+    assert _encode_one(row, 1, "chosen", tokenizer, 9, eos=False) == [5, 7, 8, 3]
+    tokenizer.bos_token = "<unk>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A <eos>", special_tokens=[("<unk>", 2), ("<eos>", 1)]
+    )
+    assert tokenizer("the film").input_ids == [2, 5, 7, 1]
+    assert encode_prompts([row], tokenizer, "x")[0].ids == (2, 5, 7)
+    assert _encode_one(row, 1, "chosen", tokenizer, 9, eos=False) == [2, 5, 7, 8, 3]
+
+
 @pytest.mark.parametrize(
     "chat", ["the film", [], [{"role": "user"}], ["the film"], [{"role": "user", "content": 5}]]
 )
