@@ -18,6 +18,7 @@ from ppo_fast.ppo.config import (
     DataConfig,
     EvaluationConfig,
     ModelsConfig,
+    OptimizerConfig,
     PPOConfig,
     RewardSource,
     RolloutConfig,
@@ -112,10 +113,11 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
 ) -> None:
     from ppo_fast.ppo.trainer import PPOTrainer
 
-    objective = {"kl_target": 0.5, "kl_horizon": 50}  # so that the controller's state is part of the test
+    # An adaptive KL coefficient and a falling learning rate, so that their state is part of the test.
     options: dict[str, Any] = {
         "checkpoint": CheckpointConfig(every=2, keep=1),
-        "objective": objective,
+        "objective": {"kl_target": 0.5, "kl_horizon": 50},
+        "optimizer": OptimizerConfig(1e-3, 1e-3, schedule="linear"),
         "resume": "auto",
     }
     whole = train(settings(output_dir=str(tmp_path / "whole"), **options))
