@@ -57,7 +57,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_everything_a_reader_needs(settings: Callable[..., PPOConfig]) -> None:
-    folder = train(settings(tensorboard=True, checkpoint=CheckpointConfig(every=2)))
+    folder = train(settings(tensorboard=True, checkpoint=CheckpointConfig(every=1, keep=2)))
     names = {path.name for path in folder.iterdir()}
     curves = {"reward.png", "kl.png", "losses.png", "clip_fraction.png", "entropy.png", "lengths.png"}
     files = {
@@ -78,6 +78,11 @@ def test_a_run_leaves_everything_a_reader_needs(settings: Callable[..., PPOConfi
     assert evaluations[0]["eval/words"] > 0
     assert len(records(folder, "samples.jsonl")) == 8
     assert list((folder / "tensorboard").glob("events*"))
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == [
+        "step_000002",
+        "step_000003",
+    ]  # the newest two; the last step leaves the models themselves
     assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob("*.pkl"))
     assert len(read_run(folder).pairs()) == 4
 
