@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,6 +180,21 @@ def test_a_bad_critic_gradient_leaves_the_actor_alone(world: Any) -> None:
     with pytest.raises(FloatingPointError, match="the critic's gradient norm"):
         trainer.updater.minibatch(scored, poisoned, slice(0, 8))
     assert all(torch.equal(before[key], value) for key, value in trainer.actor.model.state_dict().items())
+
+
+def test_the_value_clip_of_the_config_is_the_one_applied(world: Any) -> None:
+    """Old values one away from the new, returns at the new: unclipped the loss is 0, clipped (1 - c)^2 / 2."""
+    losses = []
+    for clip in (None, 0.2, 0.5):
+        trainer = world.trainer(world.config(objective={"value_clip": clip}))  # a critic that says 0
+        scored = trainer.score(trainer.sample(world.prompts))
+        shifted = replace(scored, values=torch.ones_like(scored.values))
+        experience = trainer.experience(scored)._replace(returns=torch.zeros_like(scored.values))
+        counted = scored.rollout.response_mask.sum().float()
+        losses.append(
+            float(trainer.updater.value_loss(shifted, experience, slice(0, 8), counted).loss.detach())
+        )
+    assert losses == pytest.approx([0.0, 0.32, 0.125])  # 0.8^2 / 2, 0.5^2 / 2
 
 
 def test_learning_rates_anneal_to_zero_apart(world: Any) -> None:
