@@ -1,10 +1,9 @@
 """Logprob of a label and entropy of each row of logits: forward in one read, backward in one read and one write."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+from ppo_fast.kernels.launch import on_device_of, row_options
 from ppo_fast.kernels.rows import online_softmax_update, row_gradient, row_origin
 from torch import Tensor
 
@@ -99,19 +98,6 @@ def logprob_backward_kernel(
         tl.store(grad_logits_ptr + row * vocab + columns, dx, mask=columns < vocab)
 
 
-def launch_options(vocab: int) -> dict[str, int | bool]:
-    """Tile and warps by vocabulary alone, so that a row's result never depends on the batch round it.
-
-    `enable_fp_fusion` is written out because Triton's default changes in 3.10, and parity would move with it.
-    """
-    block = min(triton.next_power_of_2(max(vocab, 16)), 4096)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _assert_layout(logits: Tensor, labels: Tensor, temperature: Tensor) -> None:
     assert logits.stride(-1) == 1 or logits.shape[-1] == 1, (
         f"rows are not contiguous: strides {logits.stride()}"
@@ -145,7 +131,7 @@ def logprob_forward(
     stats = torch.empty((rows, STATS), dtype=torch.float32, device=logits.device)
     if rows == 0:
         return logprobs, entropy, stats
-    with _on_device_of(logits):
+    with on_device_of(logits):
         logprob_forward_kernel[(rows,)](
             logits_ptr=logits,
             labels_ptr=labels,
@@ -158,7 +144,7 @@ def logprob_forward(
             inner_rows=inner_rows,
             outer_stride=outer_stride,
             inner_stride=inner_stride,
-            **launch_options(vocab),
+            **row_options(vocab),
         )
     return logprobs, entropy, stats
 
@@ -186,7 +172,7 @@ def logprob_backward(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows == 0:
         return grad_logits
-    with _on_device_of(logits):
+    with on_device_of(logits):
         logprob_backward_kernel[(rows,)](
             logits_ptr=logits,
             labels_ptr=labels,
@@ -200,6 +186,6 @@ def logprob_backward(
             inner_rows=inner_rows,
             outer_stride=outer_stride,
             inner_stride=inner_stride,
-            **launch_options(vocab),
+            **row_options(vocab),
         )
     return grad_logits

@@ -14,22 +14,31 @@ Probe = Callable[[Tensor], str | None]  # the reason why this implementation can
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 
 
-def _fused_logprob(impl: str) -> Probe:
-    """Ask the fused row op, imported only here: `import ppo_fast` must not import what it builds on."""
+def _backend(impl: str) -> Probe:
+    """Ask the backends, imported only here: `import ppo_fast` must not import what it builds on."""
 
-    def probe(logits: Tensor) -> str | None:
-        from ppo_fast.ops import fused_logprob
+    def probe(tensor: Tensor) -> str | None:
+        from ppo_fast.ops import backends
 
-        return fused_logprob.unavailable(impl, logits)
+        return backends.unavailable(impl, tensor)
 
     return probe
 
 
-_ROW_OPS = {"cpu": _fused_logprob("cpu"), "triton": _fused_logprob("triton")}
+_NATIVE_AND_TRITON = {"cpu": _backend("cpu"), "triton": _backend("triton")}
+_TRITON = {"triton": _backend("triton")}
 _TABLE: dict[str, dict[str, Probe]] = {
-    "entropy_from_logits": _ROW_OPS,
-    "logprobs_and_entropy_from_logits": _ROW_OPS,
-    "logprobs_from_logits": _ROW_OPS,
+    "entropy_from_logits": _NATIVE_AND_TRITON,
+    "logprobs_and_entropy_from_logits": _NATIVE_AND_TRITON,
+    "logprobs_from_logits": _NATIVE_AND_TRITON,
+    "kl_from_logits": _TRITON,
+    "policy_loss_from_logits": _TRITON,
+    "masked_mean": _TRITON,
+    "masked_var": _TRITON,
+    "masked_whiten": _TRITON,
+    "masked_rescale": _TRITON,
+    "policy_loss": _TRITON,
+    "value_loss": _TRITON,
 }
 
 

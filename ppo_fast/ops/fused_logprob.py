@@ -3,58 +3,14 @@
 Both backends are one `torch.library` operator, so that `torch.compile` traces through without a graph break.
 """
 
-import importlib.util
-import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_fast import build
-
-CPU_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}  # codes of csrc/cpu/logits.h
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Settled once, at import: `unavailable` is traced into compiled graphs, and Triton reads its variable once too.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def unavailable(impl: str, logits: Tensor) -> str | None:
-    """Say why `impl` ("cpu" or "triton") cannot run on these logits, or return None if it can."""
-    if impl == "cpu":
-        return _cpu_unavailable(logits)
-    if impl == "triton":
-        return _triton_unavailable(logits)
-    return f"there is no fused logprob of the name {impl!r}, only cpu and triton"
-
-
-def _cpu_unavailable(logits: Tensor) -> str | None:
-    if build.MISSING_REASON is not None:
-        return build.MISSING_REASON
-    if logits.device.type != "cpu":
-        return f"it needs logits on the cpu, these are on {logits.device}"
-    if logits.dtype not in CPU_DTYPES:
-        return f"it has no kernel for {logits.dtype}"
-    return None
-
-
-def _triton_unavailable(logits: Tensor) -> str | None:
-    if not _TRITON_INSTALLED:
-        return "triton is not installed; `pip install ppo-fast[triton]` brings it"
-    if logits.device.type == "cpu" and not _TRITON_INTERPRETED:
-        return "the logits are on the cpu, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
-    if logits.device.type not in ("cpu", "cuda"):
-        return f"it needs logits on a GPU, these are on {logits.device}"
-    if logits.dtype not in TRITON_DTYPES:
-        return f"it has no kernel for {logits.dtype}"
-    return None
+from ppo_fast.ops.backends import CPU_DTYPES, unavailable
+from ppo_fast.ops.row_grid import RowGrid, row_grid
 
 
 def logprobs_and_entropy(
@@ -97,40 +53,6 @@ def logprobs_and_entropy(
         )
     logprobs, entropy, _ = logprob_entropy(logits, labels, temperature, impl)
     return logprobs, entropy
-
-
-@dataclass(frozen=True)
-class RowGrid:
-    """Rows of `logits` on two levels of stride, in elements.
-
-    Row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * inner_stride.
-    """
-
-    logits: Tensor
-    inner_rows: int
-    outer_stride: int
-    inner_stride: int
-
-
-def row_grid(logits: Tensor) -> RowGrid:
-    """Fold the leading axes of `logits` into at most two levels of stride; copy only where they do not fold.
-
-    `logits[:, :-1]` of a contiguous [B, T, V] folds to B x (T - 1) rows with strides T V and V: no copy.
-    """
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        return row_grid(logits.contiguous())
-    levels: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if levels and levels[-1][1] == stride * size:
-            levels[-1] = (levels[-1][0] * size, stride)
-        else:
-            levels.append((size, stride))
-    if len(levels) > 2:
-        return row_grid(logits.contiguous())
-    (_, outer_stride), (inner_rows, inner_stride) = [(1, 0)] * (2 - len(levels)) + levels
-    return RowGrid(logits, max(1, inner_rows), outer_stride, inner_stride)
 
 
 def _output_dtype(logits: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ppo_fast.kernels import logprob
+from ppo_fast.kernels import launch, logprob
 
 TARGETS = [GPUTarget("cuda", sm, 32) for sm in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
 TYPES = {"labels_ptr": "*i64", "temperature_stride": "i32", "vocab": "i32", "inner_rows": "i32",
@@ -39,7 +39,7 @@ for kernel in (logprob.logprob_forward_kernel, logprob.logprob_backward_kernel):
     for dtype in ("bf16", "fp32"):
         logits = {"logits_ptr": f"*{dtype}", "grad_logits_ptr": f"*{dtype}"}
         signature = {name: {**TYPES, **logits}.get(name, "*fp32") for name in kernel.arg_names}
-        options = logprob.launch_options(151936)
+        options = launch.row_options(151936)
         source = ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": options.pop("BLOCK")})
         for target in TARGETS:
             compiled = triton.compile(source, target=target, options=options)

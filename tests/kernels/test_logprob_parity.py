@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast import reference
-from ppo_fast.ops import fused_logprob
+from ppo_fast.ops import backends, fused_logprob
+from ppo_fast.ops.row_grid import row_grid
 
 # numpy, under Triton's interpreter, warns of the very NaNs and infinities that are put in on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -34,7 +35,7 @@ class Result:
 
 @pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> str:
-    reason = fused_logprob.unavailable(request.param, torch.empty(1, 2))
+    reason = backends.unavailable(request.param, torch.empty(1, 2))
     assert reason is None, reason
     return request.param
 
@@ -83,7 +84,7 @@ def test_no_worse_than_eager(
 ) -> None:
     if impl == "triton" and dtype == torch.float64:
         assert "no kernel for torch.float64" in str(
-            fused_logprob.unavailable(impl, torch.empty(1, 2, dtype=dtype))
+            backends.unavailable(impl, torch.empty(1, 2, dtype=dtype))
         )
         return
     logits = (torch.randn(shape) * 4).to(dtype)
@@ -136,7 +137,7 @@ def test_rows_past_two_to_the_31_elements(impl: str) -> None:
 
 def test_dropping_a_token_copies_nothing() -> None:
     logits = torch.randn(2, 4, 8)
-    rows = fused_logprob.row_grid(logits[:, :-1])
+    rows = row_grid(logits[:, :-1])
     assert rows.logits.data_ptr() == logits.data_ptr()
     assert (rows.inner_rows, rows.outer_stride, rows.inner_stride) == (3, 4 * 8, 8)
 

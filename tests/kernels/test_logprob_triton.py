@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_fast.ops import fused_logprob
+from ppo_fast.ops import backends, fused_logprob
 
 
 def test_label_out_of_range_is_nan_in_its_row_only() -> None:
@@ -26,23 +26,23 @@ def test_label_out_of_range_harms_nothing_where_it_is_masked() -> None:
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_logprob, "_TRITON_INTERPRETED", False)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
     with pytest.raises(ValueError, match=r"impl='triton' is not available.*TRITON_INTERPRET=1"):
         fused_logprob.logprobs_and_entropy(torch.randn(1, 3), torch.tensor([0]), 1.0, "triton")
 
 
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_logprob, "_TRITON_INSTALLED", False)
-    reason = fused_logprob.unavailable("triton", torch.randn(1, 3))
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
+    reason = backends.unavailable("triton", torch.randn(1, 3))
     assert reason is not None
     assert "ppo-fast[triton]" in reason
 
 
 def test_unknown_name_and_device() -> None:
-    assert "'tpu'" in str(fused_logprob.unavailable("tpu", torch.randn(1, 3)))
-    assert "on a GPU" in str(fused_logprob.unavailable("triton", torch.empty(1, 3, device="meta")))
-    assert "on the cpu" in str(fused_logprob.unavailable("cpu", torch.empty(1, 3, device="meta")))
-    assert "torch.int64" in str(fused_logprob.unavailable("cpu", torch.ones(1, 3, dtype=torch.int64)))
+    assert "'tpu'" in str(backends.unavailable("tpu", torch.randn(1, 3)))
+    assert "on a GPU" in str(backends.unavailable("triton", torch.empty(1, 3, device="meta")))
+    assert "on the cpu" in str(backends.unavailable("cpu", torch.empty(1, 3, device="meta")))
+    assert "torch.int64" in str(backends.unavailable("cpu", torch.ones(1, 3, dtype=torch.int64)))
 
 
 def test_grid_past_65535_rows() -> None:

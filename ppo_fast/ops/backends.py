@@ -1,0 +1,52 @@
+"""Which fast implementation can run a call on a tensor, and if not, why not."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ppo_fast import build
+
+CPU_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+}  # codes of csrc/cpu/logits.h
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Settled once, at import: `unavailable` is traced into compiled graphs, and Triton reads its variable once too.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(impl: str, tensor: Tensor) -> str | None:
+    """Say why `impl` ("cpu" or "triton") cannot run on this tensor, or return None if it can."""
+    if impl == "cpu":
+        return _cpu_unavailable(tensor)
+    if impl == "triton":
+        return _triton_unavailable(tensor)
+    return f"there is no fused implementation of the name {impl!r}, only cpu and triton"
+
+
+def _cpu_unavailable(tensor: Tensor) -> str | None:
+    if build.MISSING_REASON is not None:
+        return build.MISSING_REASON
+    if tensor.device.type != "cpu":
+        return f"it needs tensors on the cpu, these are on {tensor.device}"
+    if tensor.dtype not in CPU_DTYPES:
+        return f"it has no kernel for {tensor.dtype}"
+    return None
+
+
+def _triton_unavailable(tensor: Tensor) -> str | None:
+    if not _TRITON_INSTALLED:
+        return "triton is not installed; `pip install ppo-fast[triton]` brings it"
+    if tensor.device.type == "cpu" and not _TRITON_INTERPRETED:
+        return "the tensors are on the cpu, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"it needs tensors on a GPU, these are on {tensor.device}"
+    if tensor.dtype not in TRITON_DTYPES:
+        return f"it has no kernel for {tensor.dtype}"
+    return None

@@ -1,0 +1,39 @@
+"""How the rows of a strided tensor of logits are found without copying it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowGrid:
+    """Rows of `logits` on two levels of stride, in elements.
+
+    Row r starts at (r // inner_rows) * outer_stride + (r % inner_rows) * inner_stride.
+    """
+
+    logits: Tensor
+    inner_rows: int
+    outer_stride: int
+    inner_stride: int
+
+
+def row_grid(logits: Tensor) -> RowGrid:
+    """Fold the leading axes of `logits` into at most two levels of stride; copy only where they do not fold.
+
+    `logits[:, :-1]` of a contiguous [B, T, V] folds to B x (T - 1) rows with strides T V and V: no copy.
+    """
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return row_grid(logits.contiguous())
+    levels: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == stride * size:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return row_grid(logits.contiguous())
+    (_, outer_stride), (inner_rows, inner_stride) = [(1, 0)] * (2 - len(levels)) + levels
+    return RowGrid(logits, max(1, inner_rows), outer_stride, inner_stride)
