@@ -121,12 +121,13 @@ def kl_from_logits(
 
     Args:
         logits: [..., V], floating. A column at -inf adds 0, also where `ref_logits` is -inf too.
-        ref_logits: [..., V], floating; gets no gradient. A column at -inf here alone makes the KL infinite.
+        ref_logits: [..., V], floating. A column at -inf here alone makes the KL infinite, and its gradient NaN.
         temperature: of both; a float above 0, or a tensor [...], one a row; it gets no gradient.
-        impl: auto or reference.
+        impl: auto, reference or triton.
 
     Returns:
-        [...], float32 (float64 for float64), differentiable in `logits`.
+        [...], float32 (float64 for float64), differentiable in `logits` and `ref_logits`:
+        dx_j = p_j (log p_j - log q_j - KL) / T, dr_j = (q_j - p_j) / T.
 
     Raises:
         ValueError: wrong shape, device, temperature or `impl`.
@@ -137,5 +138,8 @@ def kl_from_logits(
     check = _check_rows("kl_from_logits", logits, temperature)
     check.floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     check.logits(None, ref_logits=ref_logits)
-    dispatch.resolve("kl_from_logits", impl, logits)
-    return reference.kl_from_logits(logits, ref_logits, temperature=temperature)
+    if dispatch.resolve("kl_from_logits", impl, logits) == "reference":
+        return reference.kl_from_logits(logits, ref_logits, temperature=temperature)
+    from ppo_fast.ops import fused_kl
+
+    return fused_kl.exact_kl(logits, ref_logits, temperature)

@@ -88,7 +88,7 @@ def policy_loss(
         normalizer: number or 0-d tensor that replaces the reduction's denominator (divides token-sum).
         log_ratio_clamp: c > 0 clamps logprob - old_logprob to [-c, c]; verl and OpenRLHF have 20.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto or reference.
+        impl: auto, reference or triton.
 
     Returns:
         PolicyLoss, entropy None. Stats: clip_fraction (share of counted tokens whose clipped term is the
@@ -112,8 +112,12 @@ def policy_loss(
     }
     check_policy(check, old_logprobs, advantages, mask, logprobs.shape, **surrogate)
     check.finite(mask, logprobs=logprobs)
-    dispatch.resolve("policy_loss", impl, logprobs)
-    return reference.policy_loss(logprobs, old_logprobs, advantages, mask, cu_seqlens=cu_seqlens, **surrogate)
+    tokens_of = (logprobs, old_logprobs, advantages, mask)
+    if dispatch.resolve("policy_loss", impl, logprobs) == "reference":
+        return reference.policy_loss(*tokens_of, cu_seqlens=cu_seqlens, **surrogate)
+    from ppo_fast.ops import fused_policy
+
+    return fused_policy.policy_loss(*tokens_of, cu_seqlens=cu_seqlens, **surrogate)
 
 
 def policy_loss_from_logits(
@@ -152,7 +156,7 @@ def policy_loss_from_logits(
         temperature: a float above 0, or a tensor [B, T]; it gets no gradient.
         inplace_backward: allow the gradient to be written over the storage of `logits`. A permission: an
             implementation may leave it unused, and nothing else may read `logits` after it was given.
-        impl: auto or reference.
+        impl: auto, reference or triton.
 
     Returns:
         PolicyLoss; only its loss is differentiable, in `logits`. Stats as in `policy_loss`, plus entropy and
@@ -182,20 +186,19 @@ def policy_loss_from_logits(
         check.fail("ref_logits", "is None", f"a tensor, since `kl_coef` is {kl_coef}")
     check.flag("inplace_backward", inplace_backward)
     check.logits(mask, logits=logits, ref_logits=ref_logits)
-    dispatch.resolve("policy_loss_from_logits", impl, logits)
-    return reference.policy_loss_from_logits(
-        logits,
-        labels,
-        old_logprobs,
-        advantages,
-        mask,
-        entropy_coef=entropy_coef,
-        ref_logits=ref_logits,
-        kl_coef=kl_coef,
-        temperature=temperature,
-        inplace_backward=inplace_backward,
-        **surrogate,
-    )
+    tokens_of = (logits, labels, old_logprobs, advantages, mask)
+    surrogate |= {
+        "entropy_coef": entropy_coef,
+        "ref_logits": ref_logits,
+        "kl_coef": kl_coef,
+        "temperature": temperature,
+        "inplace_backward": inplace_backward,
+    }
+    if dispatch.resolve("policy_loss_from_logits", impl, logits) == "reference":
+        return reference.policy_loss_from_logits(*tokens_of, **surrogate)
+    from ppo_fast.ops import fused_policy
+
+    return fused_policy.policy_loss_from_logits(*tokens_of, **surrogate)
 
 
 def value_loss(

@@ -17,6 +17,22 @@ class RowGrid:
     outer_stride: int
     inner_stride: int
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """(inner_rows, outer_stride, inner_stride)."""
+        return self.inner_rows, self.outer_stride, self.inner_stride
+
+    def owns_rows(self, original: Tensor) -> bool:
+        """Whether writing here writes the rows of `original`, each of them once: no copy, and no shared storage."""
+        vocab = original.shape[-1]
+        outer_rows = original.shape[:-1].numel() // self.inner_rows
+        levels = sorted([(self.outer_stride, outer_rows), (self.inner_stride, self.inner_rows)])
+        extent, apart = vocab, True
+        for stride, size in levels:
+            apart &= size <= 1 or stride >= extent
+            extent = max(extent, stride * (size - 1) + extent)
+        return apart and self.logits is original
+
 
 def row_grid(logits: Tensor) -> RowGrid:
     """Fold the leading axes of `logits` into at most two levels of stride; copy only where they do not fold.

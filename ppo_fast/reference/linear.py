@@ -75,7 +75,7 @@ def linear_kl(
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
     """
-    ref_logits = project(ref_hidden, ref_weight, ref_bias, softcap)
+    ref_logits = project(ref_hidden, ref_weight, ref_bias, softcap).detach()
     return kl_from_logits(project(hidden, weight, bias, softcap), ref_logits, temperature=temperature)
 
 
@@ -121,7 +121,7 @@ def linear_policy_loss(
     rows = (mask != 0).unsqueeze(-1)
     ref_logits = None
     if ref_hidden is not None and ref_weight is not None:
-        ref_logits = project(ref_hidden, ref_weight, ref_bias, softcap)
+        ref_logits = project(ref_hidden, ref_weight, ref_bias, softcap).detach()
     return policy_loss_from_logits(
         project(keep(hidden, rows), weight, bias, softcap),
         labels,

@@ -29,10 +29,14 @@ def entropy_rows(logp: Tensor) -> Tensor:
 
 
 def kl_rows(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """sum_j p_j (log p_j - log q_j) in nats; a column of log p_j = -inf adds 0, whatever q_j is."""
+    """sum_j p_j (log p_j - log q_j) in nats; a column of log p_j = -inf adds 0, whatever q_j is.
+
+    One of log q_j = -inf alone makes the row infinite, also where p_j has underflowed to 0.
+    """
     impossible = logp == -torch.inf
-    gap = logp.masked_fill(impossible, 0.0) - ref_logp.detach().masked_fill(impossible, 0.0)
-    return (logp.exp() * gap).sum(-1)
+    gap = logp.masked_fill(impossible, 0.0) - ref_logp.masked_fill(impossible, 0.0)
+    p = logp.exp()
+    return torch.where((gap == torch.inf) & (p == 0), torch.inf, p * gap).sum(-1)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
@@ -90,12 +94,13 @@ def kl_from_logits(logits: Tensor, ref_logits: Tensor, *, temperature: float | T
 
     Args:
         logits: [..., V], floating.
-        ref_logits: [..., V], floating; gets no gradient.
+        ref_logits: [..., V], floating.
         temperature: tau > 0 of both, a float or a tensor [...]; it gets no gradient.
 
     Returns:
-        [...] float32 (float64 for float64). Gradient: dz_j = p_j (log p_j - log q_j - KL) / tau. A column at
-        -inf in `logits` adds 0; one at -inf in `ref_logits` alone makes the row's KL infinite.
+        [...] float32 (float64 for float64). Gradient: dz_j = p_j (log p_j - log q_j - KL) / tau, and
+        (q_j - p_j) / tau for the reference. A column at -inf in `logits` adds 0; one at -inf in `ref_logits`
+        alone makes the row's KL infinite and its gradient NaN.
 
     Source: the penalty of PPO, Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
     """

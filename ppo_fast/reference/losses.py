@@ -182,7 +182,7 @@ def policy_loss_from_logits(
     if entropy_coef != 0:
         loss = loss - entropy_coef * aggregate(entropy, counted, reduction, normalizer)
     if ref_logits is not None:
-        kl = keep(kl_rows(logp, log_softmax_rows(keep(ref_logits, rows), tau)), counted)
+        kl = keep(kl_rows(logp, log_softmax_rows(keep(ref_logits, rows).detach(), tau)), counted)
         if kl_coef != 0:
             loss = loss + kl_coef * aggregate(kl, counted, reduction, normalizer)
     means = {"entropy": mean_where(entropy, counted).detach(), "kl": mean_where(kl, counted).detach()}

@@ -86,7 +86,7 @@ def vocabulary_calls(draw: Draws) -> list[Call]:
         Call("logprobs_from_logits", {**logits, **rows}, {}, by_logits),
         Call("logprobs_and_entropy_from_logits", {**logits, **rows}, {}, by_logits),
         Call("entropy_from_logits", {**logits, **temperature}, {}, by_logits),
-        Call("kl_from_logits", {**logits, **ref_logits}, {}, by_logits),
+        Call("kl_from_logits", {**logits, **ref_logits}, {}, ("logits", "ref_logits")),
         Call(
             "policy_loss_from_logits",
             {**logits, **ref_logits, **rows, **draw.surrogate()},

@@ -67,7 +67,7 @@ def test_exact_kl_and_its_gradient() -> None:
     assert_close(kl, f64(0.14384104))  # .5 ln 2 + .5 ln(2/3) = .5 (.69314718 - .40546511)
     kl.sum().backward()
     assert_close(z.grad, f64(0.27465307, -0.27465307).unsqueeze(0))  # .5 (.69314718 - .14384104)
-    assert ref.grad is None
+    assert_close(ref.grad, f64(-0.25, 0.25).unsqueeze(0))  # q - p = 1/4 - 1/2, 3/4 - 1/2
 
 
 def test_impossible_tokens_add_nothing_to_entropy() -> None:
