@@ -2,13 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The folder kernels/ at the root must never be importable as `kernels`, which transformers looks for.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: before any other import of ours
+# Where the kernels are tested: in Triton's interpreter, or on a GPU with PPO_FAST_TEST_DEVICE=cuda.
+DEVICE = os.environ.get("PPO_FAST_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when triton is first imported: before any other import of ours
+    )
 
 import numpy  # noqa: E402
 import pytest  # noqa: E402
@@ -20,6 +25,17 @@ from torch import Tensor  # noqa: E402
 def _seeds() -> None:
     torch.manual_seed(0)
     numpy.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    """What a test makes without naming a device is on the one under test."""
+    if DEVICE == "cpu":
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture
