@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
+RESULTS ?= bench/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -11,7 +12,7 @@ export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help train quickstart test lint clean
+.PHONY: help train quickstart test lint bench gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +36,17 @@ lint: $(VENV)/.test ## style, imports, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.test ## every benchmark on this machine, with results in RESULTS (bench/results)
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
+
+# No virtual environment: a GPU machine brings its torch, and nothing is downloaded.
+gpu: ## install into PYTHON, test and benchmark on this NVIDIA GPU, offline, in 9 minutes; one JSON in RESULTS
+	$(PYTHON) bench/gpu.py --results $(RESULTS)
+
+resources: $(VENV)/.test ## compile every kernel for every GPU, without one, into bench/resources.csv (2 minutes on 2 cores)
+	$(BIN)/python bench/resources.py
 
 clean: ## remove the environment and build products; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info ppo_fast/_C*.so

@@ -1,33 +1,44 @@
-"""The registry of benchmark cases: every suite takes its shapes from here."""
+"""The registry of benchmark cases: every suite takes its shapes from here, the same for all implementations."""
 
 from dataclasses import dataclass
 
 import torch
+from measure import DEVICE
 
 
 @dataclass(frozen=True)
 class Case:
-    """One [rows, vocab] of logits; temperature is 0.7 so that no implementation skips the division."""
+    """One [rows, columns]: logits over a vocabulary, or sequences of tokens."""
 
     rows: int
-    vocab: int
+    columns: int
     dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.vocab}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.rows}x{self.columns}-{str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def logits_bytes(self) -> int:
-        return self.rows * self.vocab * self.dtype.itemsize
+    def bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
 
 
 SMOKE = Case(8, 257, torch.float32)  # the smallest, for the test that the suites run at all
 
-CASES = [
+CPU_CASES = [
     SMOKE,
     Case(512, 32000, torch.float32),  # Llama 2
     Case(512, 32000, torch.bfloat16),
     Case(256, 50257, torch.float32),  # GPT-2: no row is aligned
     Case(128, 151936, torch.bfloat16),  # Qwen 2.5
 ]
+GPU_CASES = [
+    Case(8192, 128256, torch.bfloat16),  # Llama 3
+    Case(8192, 151936, torch.bfloat16),
+    Case(8192, 32000, torch.bfloat16),
+    Case(4096, 50257, torch.float32),
+]
+LOGITS = GPU_CASES if DEVICE == "cuda" else CPU_CASES
+
+# Tokens: a micro-batch, and one that fills a GPU.
+TOKENS = [SMOKE, Case(64, 1024, torch.float32), Case(1024, 1024, torch.float32)]

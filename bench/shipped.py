@@ -1,0 +1,161 @@
+"""The registry of shipped kernel configurations: every launch that a public op makes, recorded without a GPU.
+
+A call of a launcher on meta tensors names its kernels, their constants, options and argument values exactly as on a
+device. To add a kernel, add a call of its launcher to `calls`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from ppo_fast.kernels import kl, logprob, policy_loss, sequences, surrogate, tokens
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+SEQUENCES, TOKENS = 8, 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the values of its arguments and its options, as a launcher gave them."""
+
+    kernel: str
+    dtype: str
+    vocab: str  # empty for a kernel that sees no logits
+    variant: str
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, dict[str, Any], dict[str, Any]]]]:
+    """Collect (kernel, arguments, options) of every launch inside instead of running it."""
+    launches = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        arguments = {name: named.pop(name) for name in self.arg_names}
+        launches.append((self, arguments, named))
+
+    with mock.patch.object(triton.JITFunction, "run", run):
+        yield launches
+
+
+def logits_calls(dtype: torch.dtype, vocab: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(variant, call) of every launcher that sees logits; the rows are those of a contiguous [B, T, V]."""
+    shape, rows = (SEQUENCES, TOKENS), SEQUENCES * TOKENS
+    x, ref = meta(*shape, vocab, dtype=dtype), meta(*shape, vocab, dtype=dtype)
+    labels, numbers, scalar = meta(*shape, dtype=torch.int64), meta(*shape), meta()
+    coefficients = meta(surrogate.COEFFICIENTS)
+    strides = {"inner_rows": rows, "outer_stride": 0, "inner_stride": vocab}
+    grid = (rows, 0, vocab)
+    grids = {"grid": grid, "ref_grid": grid}
+
+    yield "", partial(logprob.logprob_forward, x, labels, scalar, **strides)
+    backward = partial(logprob.logprob_backward, x, labels, scalar, meta(rows, logprob.STATS), **strides)
+    yield "logprob", partial(backward, numbers, None)
+    yield "entropy", partial(backward, None, numbers)
+    yield "logprob+entropy", partial(backward, numbers, numbers)
+
+    yield "", partial(kl.kl_forward, x, ref, scalar, **grids)
+    backward = partial(kl.kl_backward, x, ref, scalar, meta(rows, kl.KL_STATS), numbers, **grids)
+    yield "policy", partial(backward, of_logits=True, of_ref_logits=False)
+    yield "reference", partial(backward, of_logits=False, of_ref_logits=True)
+    yield "policy+reference", partial(backward, of_logits=True, of_ref_logits=True)
+
+    for other, name in ((None, ""), (ref, "kl")):
+        call = partial(
+            policy_loss.policy_rows,
+            x,
+            labels,
+            numbers,
+            numbers,
+            numbers,
+            scalar,
+            other,
+            coefficients,
+            **grids,
+        )
+        yield "+".join(filter(None, ["free", name])), partial(call, inplace=False)
+        yield "+".join(filter(None, ["inplace", name])), partial(call, inplace=True)
+        state = meta(rows, policy_loss.ROW_STATE)
+        yield name, partial(policy_loss.policy_gradient, scalar, x, labels, scalar, other, state, **grids)
+    yield "", partial(policy_loss.scale_rows, scalar, x, grid=grid)
+
+
+def token_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(variant, call) of every launcher that sees one number a token: padded and packed, every reduction."""
+    coefficients, scalar = meta(surrogate.COEFFICIENTS), meta()
+    lengths = meta(SEQUENCES, dtype=torch.int64)
+    padded = (SEQUENCES, TOKENS)
+    for reduction in sequences.REDUCTIONS:
+        for normalizer, divided in ((None, ""), (scalar, "normalizer")):
+            variant = "+".join(filter(None, [reduction, divided]))
+            yield (
+                variant,
+                partial(sequences.token_weights, meta(*padded, dtype=torch.bool), normalizer, reduction),
+            )
+            for shape, cu, layout in (
+                (padded, None, "padded"),
+                ((SEQUENCES * TOKENS,), meta(SEQUENCES + 1, dtype=torch.int32), "packed"),
+            ):
+                x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=torch.bool)
+                call = partial(
+                    tokens.policy_forward, x, x, x, mask, coefficients, normalizer, cu, reduction=reduction
+                )
+                yield f"{variant}+{layout}", call
+                yield (
+                    f"{variant}+{layout}",
+                    partial(
+                        tokens.policy_backward,
+                        scalar, x, x, x, mask, coefficients, cu, lengths, scalar, reduction=reduction,
+                    ),
+                )  # fmt: skip
+            if dtype == torch.float32:  # what the loss from logits adds up
+                x, mask = meta(*padded), meta(*padded, dtype=torch.bool)
+                for kl_of, name in ((None, "entropy"), (x, "entropy+kl")):
+                    yield (
+                        f"{variant}+{name}",
+                        partial(
+                            tokens.policy_forward,
+                            x, x, x, mask, coefficients, normalizer, None,
+                            reduction=reduction, entropy=x, kl=kl_of,
+                        ),
+                    )  # fmt: skip
+
+
+def calls() -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
+    """(dtype, vocabulary, variant, call) of every launcher in every shipped configuration."""
+    for name, dtype in DTYPES.items():
+        for vocab in VOCABULARIES:
+            for variant, call in logits_calls(dtype, vocab):
+                yield name, str(vocab), variant, call
+        for variant, call in token_calls(dtype):
+            yield name, "", variant, call
+    coefficients = (1.0,) * surrogate.COEFFICIENTS
+    yield "fp32", "", "", partial(surrogate.pack_coefficients, coefficients, torch.device("meta"))
+
+
+def launches() -> list[Launch]:
+    """Every shipped configuration once, in a fixed order; a variant that a kernel does not see is kept by name."""
+    found = {}
+    for dtype, vocab, variant, call in calls():
+        with recorded() as made:
+            call()
+        for function, arguments, options in made:
+            name = function.__name__
+            found[name, dtype, vocab, variant] = Launch(
+                name, dtype, vocab, variant, function, arguments, options
+            )
+    return [found[key] for key in sorted(found)]
