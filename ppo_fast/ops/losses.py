@@ -225,7 +225,7 @@ def value_loss(
         clip: c > 0, in units of value; None for the plain squared error.
         reduction, normalizer: as in `policy_loss`.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto or reference.
+        impl: auto, reference or triton.
 
     Returns:
         ValueLoss. Stats: clip_fraction (share of counted tokens whose clipped error is the larger),
@@ -245,14 +245,14 @@ def value_loss(
     check.choice("reduction", reduction, get_args(Reduction))
     check.normalizer(normalizer)
     check.finite(mask, values=values, old_values=old_values, returns=returns)
-    dispatch.resolve("value_loss", impl, values)
-    return reference.value_loss(
-        values,
-        old_values,
-        returns,
-        mask,
-        clip=clip,
-        reduction=reduction,
-        normalizer=normalizer,
-        cu_seqlens=cu_seqlens,
-    )
+    options: dict[str, Any] = {
+        "clip": clip,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "cu_seqlens": cu_seqlens,
+    }
+    if dispatch.resolve("value_loss", impl, values) == "reference":
+        return reference.value_loss(values, old_values, returns, mask, **options)
+    from ppo_fast.ops import fused_value
+
+    return fused_value.value_loss(values, old_values, returns, mask, **options)
