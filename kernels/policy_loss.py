@@ -264,6 +264,7 @@ def policy_rows(
     state = None if inplace else torch.empty((labels.numel(), ROW_STATE), dtype=torch.float32, device=device)
     if labels.numel() == 0:
         return logprobs, entropy, kl, state
+    per_warp = 512 if ref_logits is None else 256  # a KL spills on sm_100 with 512
     with on_device_of(logits):
         policy_rows_kernel[(labels.numel(),)](
             logits_ptr=logits,
@@ -287,7 +288,7 @@ def policy_rows(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
-            **(one_launch_options(vocab) if inplace else row_options(vocab)),
+            **(one_launch_options(vocab) if inplace else row_options(vocab, elements_per_warp=per_warp)),
         )
     return logprobs, entropy, kl, state
 
