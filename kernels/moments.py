@@ -77,7 +77,7 @@ def partial_moments_kernel(
     total = tl.zeros((COLUMNS,), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (rows < last)[:, None] & (columns < inner)[None, :]
         at = origin + rows[:, None] * inner
         counted = tl.load(mask_ptr + at, mask=inside, other=0) != 0
@@ -176,7 +176,7 @@ def moment_backward_kernel(
     mean = tl.load(stats_ptr + columns_total + of_column, mask=columns < inner, other=0.0)
     rest = tl.load(stats_ptr + 2 * columns_total + of_column, mask=columns < inner, other=0.0)
     for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (rows < last)[:, None] & (columns < inner)[None, :]
         at = origin + rows[:, None] * inner
         counted = tl.load(mask_ptr + at, mask=inside, other=0) != 0

@@ -52,7 +52,7 @@ def _columns(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 def _mask_columns(mask: Tensor, axis: int | None) -> Tensor:
-    """`_columns` of a mask that the kernels can compare with 0: no bfloat16 in the interpreter, and float8 on few GPUs."""
+    """`_columns` of a mask the kernels can compare with 0: the interpreter has no bfloat16 for it, few GPUs float8."""
     narrow = mask.is_floating_point() and mask.element_size() < 4
     return _columns(mask != 0 if narrow else mask, axis)
 

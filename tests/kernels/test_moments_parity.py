@@ -1,0 +1,311 @@
+"""Masked moments in Triton against float64, with eager torch in the tested dtype as the yardstick."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ppo_fast
+
+# numpy, under Triton's interpreter, warns of the very NaNs and infinities that are put in on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    ((1,), "one element: no variance"),
+    ((3, 127), "one short of a power of two: the tail"),
+    ((2, 3, 257), "three axes, of which the first leaves many columns"),
+    ((5, 1025), "more than two tiles in all, one past a tile of columns"),
+]
+OPS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"mean over {axis}": ("masked_mean", {"axis": axis}) for axis in (None, 0, -1)},
+    **{
+        f"{'unbiased ' if unbiased else ''}var over {axis}": (
+            "masked_var",
+            {"axis": axis, "unbiased": unbiased},
+        )
+        for axis in (None, 0, -1)
+        for unbiased in (False, True)
+    },
+    **{
+        f"{'unbiased ' if unbiased else ''}{op}": (op, {"unbiased": unbiased})
+        for op in ("masked_whiten", "masked_rescale")
+        for unbiased in (False, True)
+    },
+}
+OVER_ALL = [name for name, (_, options) in OPS.items() if options.get("axis") is None]
+
+every_op = pytest.mark.parametrize("op", OPS)
+every_op_over_all = pytest.mark.parametrize("op", OVER_ALL)
+
+
+@dataclass(frozen=True)
+class Result:
+    value: Tensor
+    gradient: Tensor
+
+
+def call(op: str, x: Tensor, mask: Tensor, impl: str = "triton") -> Tensor:
+    name, options = OPS[op]
+    return getattr(ppo_fast, name)(x, mask, **options, impl=impl)
+
+
+def upstream(op: str, x: Tensor) -> Tensor:
+    """Not uniform, and not centred: a mean of gradients that is dropped must show."""
+    shape = call(op, torch.zeros(x.shape), torch.ones(x.shape), "reference").shape
+    return torch.randn(shape) + 0.5
+
+
+def run(
+    op: str,
+    x: Tensor,
+    mask: Tensor,
+    grad: Tensor,
+    impl: str = "triton",
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Result:
+    x = x.detach().requires_grad_()
+    value = call(op, view(x), mask, impl)
+    (gradient,) = torch.autograd.grad(value, x, grad.to(value.dtype))
+    return Result(value.detach(), gradient)
+
+
+def three_ways(op: str, x: Tensor, mask: Tensor, **more: Any) -> tuple[Result, Result, Result]:
+    """(Triton, eager in the same dtype, float64)."""
+    grad = upstream(op, more.get("view", lambda x: x)(x))
+    return (
+        run(op, x, mask, grad, **more),
+        run(op, x, mask, grad, "reference", **more),
+        run(op, x.double(), mask, grad, "reference", **more),
+    )
+
+
+def assert_parity(no_worse: Callable[..., None], results: tuple[Result, Result, Result]) -> None:
+    # Triton's interpreter cuts a bfloat16 off where the hardware rounds it: up to a whole unit in the last place is
+    # lost, and with few distinct values eager's own error need not reach the half that rounding loses.
+    dtype = results[0].gradient.dtype
+    cut_off = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+    no_worse(*(result.value for result in results), "value")
+    no_worse(*(result.gradient for result in results), "gradient", cut_off)
+
+
+def draw(*shape: int) -> tuple[Tensor, Tensor]:
+    """Values off centre, and a mask with holes."""
+    return torch.randn(shape) * 2 + 0.3, torch.rand(shape) > 0.3
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [shape for shape, _ in SHAPES], ids=[str(shape) for shape, _ in SHAPES])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_no_worse_than_eager(
+    op: str, dtype: torch.dtype, shape: tuple[int, ...], no_worse: Callable[..., None]
+) -> None:
+    x, mask = draw(*shape)
+    assert_parity(no_worse, three_ways(op, x.to(dtype), mask))
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [*((op, (3, 7000)) for op in OVER_ALL), ("var over 0", (300, 3)), ("var over -1", (2, 5000))],
+)
+@pytest.mark.parametrize("most_chunks", [1024, 4, 1], ids=["many chunks", "few chunks", "one chunk"])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_tiles_and_chunks_merge(
+    op: str,
+    shape: tuple[int, int],
+    most_chunks: int,
+    no_worse: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A ramp, so that tiles differ in mean; the first tile and a run across several in the middle do not count."""
+    from ppo_fast.kernels import moments
+
+    monkeypatch.setattr(moments, "MOST_CHUNKS", most_chunks)
+    x, mask = draw(*shape)
+    long = shape.index(max(shape))
+    ramp = torch.linspace(0, 20, shape[long])
+    x += ramp if long == 1 else ramp[:, None]
+    flat = mask.view(-1) if op in OVER_ALL else mask.transpose(0, long)
+    flat[: len(flat) // 8] = False
+    flat[len(flat) // 3 : 2 * len(flat) // 3] = False
+    x[~mask] = torch.nan
+    assert_parity(no_worse, three_ways(op, x, mask))
+
+
+@every_op
+@pytest.mark.parametrize("offset", [2.0**14, -(2.0**20)])
+def test_variance_survives_a_common_offset(op: str, offset: float) -> None:
+    """Far below what eager reaches here: its error is that of the rounded mean, 1e-3 and 6e-2 at these offsets."""
+    shape = (3, 7000) if op in OVER_ALL else (4, 300)
+    x, mask = draw(*shape)
+    x += offset
+    grad = upstream(op, x)
+    got, truth = run(op, x, mask, grad), run(op, x.double(), mask, grad, "reference")
+    # A result that contains the mean can be no finer than float32 at its size.
+    rounding = torch.finfo(torch.float32).eps * abs(offset) / 2 if "mean" in op or "rescale" in op else 0.0
+    torch.testing.assert_close(got.value.double(), truth.value, rtol=1e-6, atol=1.01 * rounding + 1e-6)
+    torch.testing.assert_close(got.gradient.double(), truth.gradient, rtol=2e-6, atol=2e-6)
+
+
+@every_op
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_what_does_not_count_reaches_nothing(op: str, garbage: float) -> None:
+    x, mask = draw(4, 300)
+    grad = upstream(op, x)
+    clean = run(op, x.masked_fill(~mask, 0.0), mask, grad)
+    if grad.shape == x.shape:
+        grad = grad.masked_fill(~mask, garbage)
+    dirty = run(op, x.masked_fill(~mask, garbage), mask, grad)
+    assert torch.equal(dirty.value, clean.value)
+    assert torch.equal(dirty.gradient, clean.gradient)
+    assert bool(dirty.value.isfinite().all())
+    assert bool((dirty.gradient[~mask] == 0).all())
+    if dirty.value.shape == x.shape:
+        assert bool((dirty.value[~mask] == 0).all())
+
+
+@every_op
+def test_nothing_counts(op: str) -> None:
+    x = torch.full((3, 5), torch.nan)
+    result = run(op, x, torch.zeros(3, 5), upstream(op, x))
+    assert torch.equal(result.value, torch.zeros_like(result.value))
+    assert torch.equal(result.gradient, torch.zeros(3, 5))
+
+
+@every_op_over_all
+def test_one_element_counts(op: str) -> None:
+    x, mask = draw(3, 5)
+    mask = torch.zeros_like(mask)
+    mask[1, 2] = True
+    grad = upstream(op, x)
+    result = run(op, x, mask, grad)
+    keeps = "mean" in op or "rescale" in op  # mean and rescale return the value, variance and whiten 0
+    at = result.value[mask] if result.value.dim() else result.value
+    assert torch.equal(at, x[mask].view(at.shape) if keeps else torch.zeros_like(at))
+    of_value = grad[mask].view(()) if grad.dim() else grad
+    assert result.gradient[1, 2] == (of_value if keeps else 0.0)
+    assert bool((result.gradient[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in OVER_ALL])
+def test_columns_with_none_one_and_two_counted(op: str, no_worse: Callable[..., None]) -> None:
+    x = torch.randn(3, 3)
+    ladder = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 1]])
+    assert_parity(no_worse, three_ways(op, x, ladder if "-1" in op else ladder.T))
+
+
+@pytest.mark.parametrize("op", ["masked_whiten", "masked_rescale", "var over None", "mean over None"])
+@pytest.mark.parametrize("scale", [0.0, 1e-4], ids=["no variance", "variance of the epsilon's size"])
+def test_small_variance(op: str, scale: float, no_worse: Callable[..., None]) -> None:
+    x, mask = draw(3, 50)
+    assert_parity(no_worse, three_ways(op, scale * x + 0.1, mask))
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(0, 2),
+    "every other element": lambda x: x[..., ::2],
+    "without the last": lambda x: x[:, :-1],
+    "one row for all": lambda x: x[:1].expand(4, -1, -1),
+    "reversed": lambda x: x.flip(1).transpose(1, 2),
+}
+
+
+@every_op
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_any_strides(op: str, view: Callable[[Tensor], Tensor], no_worse: Callable[..., None]) -> None:
+    x, mask = draw(4, 6, 10)
+    assert_parity(no_worse, three_ways(op, x, view(mask), view=view))
+
+
+@every_op
+def test_any_strides_of_the_upstream_gradient(op: str) -> None:
+    x, mask = draw(4, 6)
+    grad = upstream(op, x)
+    strided = torch.stack([grad, torch.full_like(grad, torch.nan)], dim=-1)[..., 0]
+    a, b = run(op, x, mask, grad), run(op, x, mask, strided)
+    assert torch.equal(a.gradient, b.gradient)
+    ones = torch.ones_like(grad)
+    expanded = torch.ones(()).expand(grad.shape)
+    assert torch.equal(run(op, x, mask, ones).gradient, run(op, x, mask, expanded).gradient)
+
+
+MASK_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+FLOAT_MASK_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("op", ["unbiased var over 0", "unbiased masked_rescale"])
+@pytest.mark.parametrize("dtype", MASK_DTYPES + FLOAT_MASK_DTYPES, ids=str)
+def test_any_mask_dtype(op: str, dtype: torch.dtype) -> None:
+    """Nonzero counts once whatever its size, NaN too; a negative zero does not."""
+    x, mask = draw(3, 40)
+    weights = (3 * mask).to(torch.float32)
+    if dtype in FLOAT_MASK_DTYPES:
+        weights[mask] = torch.where(torch.arange(int(mask.sum())) % 2 == 0, torch.nan, 0.125)
+        weights[~mask] = -0.0
+    grad = upstream(op, x)
+    plain, other = run(op, x, mask, grad), run(op, x, weights.to(dtype), grad)
+    assert torch.equal(plain.value, other.value)
+    assert torch.equal(plain.gradient, other.gradient)
+
+
+@every_op
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 3)], ids=str)
+def test_no_elements(op: str, shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    grad = upstream(op, x)
+    got, eager = (run(op, x, torch.ones(shape), grad, impl) for impl in ("triton", "reference"))
+    for a, b in ((got.value, eager.value), (got.gradient, eager.gradient)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@every_op
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_counts_and_is_not_finite_shows_as_in_the_reference(op: str, bad: float) -> None:
+    x = torch.randn(3, 5)
+    x[1, 2] = bad
+    values = [call(op, x, torch.ones(3, 5), impl) for impl in ("triton", "reference")]
+    torch.testing.assert_close(*values, equal_nan=True)
+    assert not values[0].isfinite().all()
+
+
+def test_literals() -> None:
+    """Of 1, 2, 4: mean 7/3; sum (x - mean)^2 = (16 + 1 + 25) / 9 = 14/3, so var 14/9, unbiased 7/3."""
+    x, mask = torch.tensor([1.0, 2.0, 9.0, 4.0]), torch.tensor([1, 1, 0, 1])
+    assert call("mean over None", x, mask).item() == pytest.approx(7 / 3)
+    assert call("var over -1", x, mask).item() == pytest.approx(14 / 9)
+    assert call("unbiased var over None", x, mask).item() == pytest.approx(7 / 3)
+    # (1 - 7/3) / sqrt(14/9) = -4 / sqrt(14)
+    whitened = torch.tensor([-1.0690450, -0.2672612, 0.0, 1.3363062])
+    torch.testing.assert_close(call("masked_whiten", x, mask), whitened)
+    torch.testing.assert_close(call("masked_rescale", x, mask), whitened + 7 / 3 * mask)
+
+
+@every_op
+def test_same_bits_twice(op: str) -> None:
+    x, mask = draw(3, 3000) if op in OVER_ALL else draw(3, 300)
+    grad = upstream(op, x)
+    first, second = run(op, x, mask, grad), run(op, x.clone(), mask.clone(), grad)
+    assert torch.equal(first.value, second.value)
+    assert torch.equal(first.gradient, second.gradient)
+
+
+@pytest.mark.parametrize("op", ["mean over -1", "unbiased var over -1"])
+def test_a_row_does_not_depend_on_its_batch(op: str) -> None:
+    x, mask = draw(5, 5000)
+    whole = call(op, x, mask)
+    for row in range(5):
+        assert torch.equal(call(op, x[row], mask[row]), whole[row])
+
+
+@every_op
+def test_backward_twice_and_no_gradient(op: str) -> None:
+    x, mask = draw(3, 5)
+    value = call(op, x.requires_grad_(), mask)
+    first, second = (torch.autograd.grad(value.square().sum(), x, retain_graph=True)[0] for _ in "ab")
+    assert torch.equal(first, second)
+    assert not call(op, x.detach(), mask).requires_grad
