@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import triton
-from ppo_fast.kernels import kl, logprob, policy_loss, sequences, surrogate, tokens
+from ppo_fast.kernels import kl, logprob, moments, policy_loss, sequences, surrogate, tokens, value_loss
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,6 +122,19 @@ def token_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                         scalar, x, x, x, mask, coefficients, cu, lengths, scalar, reduction=reduction,
                     ),
                 )  # fmt: skip
+                yield (
+                    f"{variant}+{layout}",
+                    partial(
+                        value_loss.value_forward, x, x, x, mask, scalar, normalizer, cu, reduction=reduction
+                    ),
+                )
+                yield (
+                    f"{variant}+{layout}",
+                    partial(
+                        value_loss.value_backward,
+                        scalar, x, x, x, mask, scalar, cu, lengths, scalar, reduction=reduction,
+                    ),
+                )  # fmt: skip
             if dtype == torch.float32:  # what the loss from logits adds up
                 x, mask = meta(*padded), meta(*padded, dtype=torch.bool)
                 for kl_of, name in ((None, "entropy"), (x, "entropy+kl")):
@@ -135,13 +148,34 @@ def token_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                     )  # fmt: skip
 
 
+def moment_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(variant, call) of every launcher of the masked moments: over everything, and over an outer or the last axis."""
+    for shape, name in (
+        ((1, SEQUENCES * TOKENS, 1), "all"),
+        ((1, SEQUENCES, TOKENS), "first axis"),
+        ((SEQUENCES, TOKENS, 1), "last axis"),
+    ):
+        x, mask, columns = meta(*shape, dtype=dtype), meta(*shape, dtype=torch.bool), shape[0] * shape[2]
+        stats, grad = meta(moments.STATS, columns), meta(columns)
+        for order in (1, 2):
+            options = {"unbiased": False, "order": order}
+            yield f"{name}+order {order}", partial(moments.moments_forward, x, mask, **options)
+            yield f"{name}+order {order}", partial(moments.moment_backward, grad, x, mask, stats, **options)
+    x, mask = meta(1, SEQUENCES * TOKENS, 1, dtype=dtype), meta(1, SEQUENCES * TOKENS, 1, dtype=torch.bool)
+    stats, grad = meta(moments.STATS, 1), meta(1, SEQUENCES * TOKENS, 1)
+    for keep_mean, name in ((False, "whiten"), (True, "rescale")):
+        options = {"unbiased": False, "keep_mean": keep_mean}
+        yield name, partial(moments.normalize_forward, x, mask, **options)
+        yield name, partial(moments.normalize_backward, grad, x, mask, stats, **options)
+
+
 def calls() -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
     """(dtype, vocabulary, variant, call) of every launcher in every shipped configuration."""
     for name, dtype in DTYPES.items():
         for vocab in VOCABULARIES:
             for variant, call in logits_calls(dtype, vocab):
                 yield name, str(vocab), variant, call
-        for variant, call in token_calls(dtype):
+        for variant, call in (*token_calls(dtype), *moment_calls(dtype)):
             yield name, "", variant, call
     coefficients = (1.0,) * surrogate.COEFFICIENTS
     yield "fp32", "", "", partial(surrogate.pack_coefficients, coefficients, torch.device("meta"))

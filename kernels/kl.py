@@ -152,7 +152,7 @@ def kl_forward(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
-            **row_options(vocab, elements_per_warp=256),  # 512 spills on sm_80
+            **row_options(vocab),
         )
     return kl, stats
 

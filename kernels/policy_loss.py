@@ -221,14 +221,6 @@ def scale_rows_kernel(
         tl.store(values + columns, x.to(rows_ptr.dtype.element_ty), mask=columns < vocab)
 
 
-def one_launch_options(vocab: int) -> dict[str, int | bool]:
-    """Wider tiles than a single pass has: fewer rows in flight, so that the second pass finds them in the cache.
-
-    Still wider ones spill registers where there is a KL.
-    """
-    return row_options(vocab, largest_block=8192)
-
-
 def _assert_rows(logits: Tensor, labels: Tensor, ref_logits: Tensor | None) -> None:
     for name, x in (("logits", logits), ("ref_logits", ref_logits)):
         assert x is None or x.stride(-1) == 1 or x.shape[-1] == 1, f"rows of {name} are not contiguous"
@@ -264,7 +256,6 @@ def policy_rows(
     state = None if inplace else torch.empty((labels.numel(), ROW_STATE), dtype=torch.float32, device=device)
     if labels.numel() == 0:
         return logprobs, entropy, kl, state
-    per_warp = 512 if ref_logits is None else 256  # a KL spills on sm_100 with 512
     with on_device_of(logits):
         policy_rows_kernel[(labels.numel(),)](
             logits_ptr=logits,
@@ -288,7 +279,7 @@ def policy_rows(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
-            **(one_launch_options(vocab) if inplace else row_options(vocab, elements_per_warp=per_warp)),
+            **row_options(vocab),
         )
     return logprobs, entropy, kl, state
 
