@@ -256,6 +256,8 @@ def policy_rows(
     state = None if inplace else torch.empty((labels.numel(), ROW_STATE), dtype=torch.float32, device=device)
     if labels.numel() == 0:
         return logprobs, entropy, kl, state
+    # Gradient and KL in one launch spill with the common tile where rows are not aligned, on sm_90.
+    widest = 8192 if inplace and ref_logits is not None else 4096
     with on_device_of(logits):
         policy_rows_kernel[(labels.numel(),)](
             logits_ptr=logits,
@@ -279,7 +281,7 @@ def policy_rows(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
-            **row_options(vocab),
+            **row_options(vocab, largest_block=widest),
         )
     return logprobs, entropy, kl, state
 
