@@ -94,7 +94,8 @@ def partial_moments_kernel(
 
         gap = tile_mean - total / tl.maximum(n, 1.0)
         weight = n * (tile_n / tl.maximum(n + tile_n, 1.0))
-        squares += tl.sum(deviation * deviation, axis=0) + tl.where(weight > 0.0, gap * gap * weight, 0.0)
+        # In this order, here and below: where nothing counts, 0 times a square that overflows would be NaN.
+        squares += tl.sum(deviation * deviation, axis=0) + weight * gap * gap
         total += tile_total
         n += tile_n
 
@@ -132,9 +133,9 @@ def merge_moments_kernel(
     count = tl.sum(n.to(tl.int64), axis=0).to(tl.float32)
     at_least_one = tl.maximum(count, 1.0)
     centre = finite_or_zero(tl.sum(n * pivot, axis=0) / at_least_one)
-    d = tl.where(n > 0.0, (pivot - centre[None, :]) + shift, 0.0)
+    d = (pivot - centre[None, :]) + shift
     mean_d = tl.sum(n * d, axis=0) / at_least_one
-    deviation = tl.where(n > 0.0, d - mean_d[None, :], 0.0)
+    deviation = d - mean_d[None, :]
     variance = tl.sum(squares + n * deviation * deviation, axis=0) / degrees_of_freedom(count, bessel)
 
     mean = centre + mean_d
