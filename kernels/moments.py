@@ -272,7 +272,7 @@ def _tile(length: int, inner: int) -> dict[str, int]:
     """Rows and columns of a tile: along the reduced axis where that is contiguous, else one line of columns."""
     if inner == 1:
         return {"ROWS": min(2048, max(128, triton.next_power_of_2(length))), "COLUMNS": 1}
-    return {"ROWS": 64, "COLUMNS": 32}
+    return {"ROWS": 32, "COLUMNS": 32}
 
 
 def _cut(length: int, rows: int) -> tuple[int, int]:
