@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/experience.h"
 #include "cpu/logits.h"
 
 namespace py = pybind11;
@@ -106,6 +107,142 @@ void exp_probe(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::st
   exp_float32(pointer<const float>(x), pointer<float>(y), n, isa_named(isa));
 }
 
+TokenRows checked_rows(const char* name, const py::tuple& rows) {
+  require(rows.size() == 3, std::string(name) + " has " + std::to_string(rows.size()) + " parts, expected 3");
+  const int dtype = rows[1].cast<int>();
+  require(dtype >= 0 && dtype <= 3, std::string(name) + " has dtype code " + std::to_string(dtype) + ", expected 0 to 3");
+  return {pointer<const void>(rows[0].cast<std::uintptr_t>()), static_cast<DType>(dtype), rows[2].cast<std::int64_t>()};
+}
+
+DType checked_compute(int compute) {
+  require(compute == 0 || compute == 1, "compute is code " + std::to_string(compute) + ", expected 0 or 1");
+  return static_cast<DType>(compute);
+}
+
+void check_starts(const std::int64_t* cu_seqlens, std::int64_t sequences, std::int64_t tokens) {
+  if (cu_seqlens == nullptr) return;
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    require(cu_seqlens[s] >= 0 && cu_seqlens[s] <= cu_seqlens[s + 1] && cu_seqlens[s + 1] <= tokens,
+            "cu_seqlens does not rise from 0 to " + std::to_string(tokens) + " at sequence " + std::to_string(s));
+  }
+}
+
+// Token tensors come as (address, dtype code, row stride), 0 for an address that is not given.
+ExperienceIn checked_experience(std::int64_t sequences, std::int64_t tokens, std::uintptr_t cu_seqlens, int compute,
+                                const py::tuple& logprobs, const py::tuple& ref_logprobs, const py::tuple& token_rewards,
+                                const py::tuple& values, const py::tuple& mask, std::uintptr_t scores,
+                                std::uintptr_t score_index, std::uintptr_t bootstrap, std::uintptr_t gamma,
+                                std::uintptr_t lam, double kl_coef, double clip_score, double all_gamma, double all_lam,
+                                int kind, bool carry) {
+  require(sequences >= 0, "sequences is " + std::to_string(sequences) + ", expected 0 or more");
+  require(tokens >= 0, "tokens is " + std::to_string(tokens) + ", expected 0 or more");
+  require(kind >= 0 && kind <= 3, "kind is code " + std::to_string(kind) + ", expected 0 to 3");
+  ExperienceIn in{sequences,
+                  tokens,
+                  pointer<const std::int64_t>(cu_seqlens),
+                  checked_compute(compute),
+                  checked_rows("logprobs", logprobs),
+                  checked_rows("ref_logprobs", ref_logprobs),
+                  checked_rows("token_rewards", token_rewards),
+                  checked_rows("values", values),
+                  checked_rows("mask", mask),
+                  pointer<const void>(scores),
+                  pointer<const std::int64_t>(score_index),
+                  pointer<const void>(bootstrap),
+                  pointer<const void>(gamma),
+                  pointer<const void>(lam),
+                  kl_coef,
+                  clip_score,
+                  all_gamma,
+                  all_lam,
+                  static_cast<KlKind>(kind),
+                  carry};
+  require(sequences * tokens == 0 || in.mask.data != nullptr, "mask is a null address");
+  require((in.logprobs.data == nullptr) == (in.ref_logprobs.data == nullptr),
+          "logprobs and ref_logprobs must be given together");
+  check_starts(in.cu_seqlens, sequences, tokens);
+  return in;
+}
+
+void experience(const ExperienceIn& in, std::uintptr_t rewards, std::uintptr_t kl, std::uintptr_t advantages,
+                std::uintptr_t returns, std::uintptr_t moments, int threads, const std::string& isa) {
+  const RunOn on = checked_run(threads, isa);
+  require(in.values.data == nullptr || in.sequences * in.tokens == 0 || (advantages != 0 && returns != 0),
+          "advantages or returns is a null address");
+  const ExperienceOut out{pointer<void>(rewards), pointer<void>(kl), pointer<void>(advantages), pointer<void>(returns),
+                          pointer<Moments>(moments)};
+  py::gil_scoped_release release;
+  experience_forward(in, out, on);
+}
+
+void gae_gradient(std::int64_t sequences, std::int64_t tokens, std::uintptr_t cu_seqlens, int compute,
+                  std::uintptr_t mask, std::uintptr_t grad_advantages, std::uintptr_t grad_returns,
+                  std::uintptr_t grad_rewards, std::uintptr_t grad_values, std::uintptr_t grad_bootstrap,
+                  std::uintptr_t gamma, std::uintptr_t lam, double all_gamma, double all_lam, bool carry, int threads,
+                  const std::string& isa) {
+  const RunOn on = checked_run(threads, isa);
+  require(sequences >= 0 && tokens >= 0, "sequences or tokens is below 0");
+  require(sequences * tokens == 0 || (mask != 0 && grad_advantages != 0 && grad_returns != 0 && grad_rewards != 0 &&
+                                      grad_values != 0 && grad_bootstrap != 0),
+          "an input or output is a null address");
+  check_starts(pointer<const std::int64_t>(cu_seqlens), sequences, tokens);
+  const GaeGradient in{sequences,
+                       tokens,
+                       pointer<const std::int64_t>(cu_seqlens),
+                       checked_compute(compute),
+                       pointer<const std::uint8_t>(mask),
+                       pointer<const void>(grad_advantages),
+                       pointer<const void>(grad_returns),
+                       pointer<void>(grad_rewards),
+                       pointer<void>(grad_values),
+                       pointer<void>(grad_bootstrap),
+                       pointer<const void>(gamma),
+                       pointer<const void>(lam),
+                       all_gamma,
+                       all_lam,
+                       carry};
+  py::gil_scoped_release release;
+  gae_backward(in, on);
+}
+
+void estimate(std::int64_t size, int compute, const py::tuple& logprobs, const py::tuple& ref_logprobs,
+              std::uintptr_t grad, std::uintptr_t out, double input_clamp, double output_clamp, int kind, int threads,
+              const std::string& isa) {
+  const RunOn on = checked_run(threads, isa);
+  require(size >= 0, "size is " + std::to_string(size) + ", expected 0 or more");
+  require(kind >= 0 && kind <= 3, "kind is code " + std::to_string(kind) + ", expected 0 to 3");
+  const KlIn in{size,
+                checked_compute(compute),
+                checked_rows("logprobs", logprobs),
+                checked_rows("ref_logprobs", ref_logprobs),
+                pointer<const void>(grad),
+                pointer<void>(out),
+                input_clamp,
+                output_clamp,
+                static_cast<KlKind>(kind)};
+  require(size == 0 || (in.logprobs.data != nullptr && in.ref_logprobs.data != nullptr && out != 0),
+          "logprobs, ref_logprobs or out is a null address");
+  py::gil_scoped_release release;
+  kl_estimate(in, on);
+}
+
+void whiten(std::uintptr_t x, std::uintptr_t mask, std::int64_t size, int compute, std::uintptr_t parts,
+            std::int64_t count, bool unbiased, int threads, const std::string& isa) {
+  const RunOn on = checked_run(threads, isa);
+  require(size >= 0 && count >= 0, "size or count is below 0");
+  require(size == 0 || (x != 0 && mask != 0), "x or mask is a null address");
+  require(count == 0 || parts != 0, "parts is a null address");
+  const DType dtype = checked_compute(compute);
+  py::gil_scoped_release release;
+  whiten_by_parts(pointer<void>(x), pointer<const std::uint8_t>(mask), size, dtype, pointer<const Moments>(parts), count,
+                  unbiased, on);
+}
+
+void merge(std::uintptr_t parts, std::int64_t count, std::uintptr_t whole) {
+  require(count >= 0 && whole != 0 && (count == 0 || parts != 0), "parts or whole is a null address");
+  *pointer<Moments>(whole) = merge_parts(pointer<const Moments>(parts), count);
+}
+
 py::list compiled_isas() {
   py::list names;
 #if defined(__x86_64__)
@@ -142,6 +279,24 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stats"), py::arg("threads"), py::arg("isa"));
   m.def("logprob_backward", &backward, py::arg("grid"), py::kw_only(), py::arg("stats"), py::arg("grad_logprobs"),
         py::arg("grad_entropy"), py::arg("grad_logits"), py::arg("threads"), py::arg("isa"));
+  py::class_<ExperienceIn>(m, "ExperienceIn", "Checked addresses, sizes and coefficients of sequences of tokens.")
+      .def(py::init(&checked_experience), py::kw_only(), py::arg("sequences"), py::arg("tokens"), py::arg("cu_seqlens"),
+           py::arg("compute"), py::arg("logprobs"), py::arg("ref_logprobs"), py::arg("token_rewards"),
+           py::arg("values"), py::arg("mask"), py::arg("scores"), py::arg("score_index"), py::arg("bootstrap"),
+           py::arg("gamma"), py::arg("lam"), py::arg("kl_coef"), py::arg("clip_score"), py::arg("all_gamma"),
+           py::arg("all_lam"), py::arg("kind"), py::arg("carry"));
+  m.def("experience_forward", &experience, py::arg("inputs"), py::kw_only(), py::arg("rewards"), py::arg("kl"),
+        py::arg("advantages"), py::arg("returns"), py::arg("moments"), py::arg("threads"), py::arg("isa"));
+  m.def("gae_backward", &gae_gradient, py::kw_only(), py::arg("sequences"), py::arg("tokens"), py::arg("cu_seqlens"),
+        py::arg("compute"), py::arg("mask"), py::arg("grad_advantages"), py::arg("grad_returns"),
+        py::arg("grad_rewards"), py::arg("grad_values"), py::arg("grad_bootstrap"), py::arg("gamma"), py::arg("lam"),
+        py::arg("all_gamma"), py::arg("all_lam"), py::arg("carry"), py::arg("threads"), py::arg("isa"));
+  m.def("kl_estimate", &estimate, py::kw_only(), py::arg("size"), py::arg("compute"), py::arg("logprobs"),
+        py::arg("ref_logprobs"), py::arg("grad"), py::arg("out"), py::arg("input_clamp"), py::arg("output_clamp"),
+        py::arg("kind"), py::arg("threads"), py::arg("isa"));
+  m.def("whiten_by_parts", &whiten, py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("size"), py::arg("compute"),
+        py::arg("parts"), py::arg("count"), py::arg("unbiased"), py::arg("threads"), py::arg("isa"));
+  m.def("merge_parts", &merge, py::kw_only(), py::arg("parts"), py::arg("count"), py::arg("whole"));
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");

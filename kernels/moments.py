@@ -3,9 +3,6 @@
 x and mask are [outer, length, inner], reduced over length to outer * inner columns. Stage 1 is one program a chunk of
 a column, stage 2 merges a column's chunks at once; how a column is cut depends on its length alone.
 
-Every mean is kept in two parts, a value near it and a small rest, so that a large common offset of x costs the
-variance nothing: differences from the first part are exact where the offset dominates.
-
 x is read wherever the tile lies inside, and dropped where the mask does not count: a load under a mask of data is
 made element by element, one bounded by the shape is made in vectors.
 """
@@ -14,11 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
+from ppo_fast.kernels.partial_moments import PARTIALS, add_tile, degrees_of_freedom, merged
 from torch import Tensor
 
-PARTIALS = (
-    4  # float32 planes [chunks, columns]: count, pivot, mean less the pivot, sum of squares about the mean
-)
 STATS = 4  # float32 numbers kept for each column: count, mean, what rounding took from the mean, variance
 MOST_CHUNKS = 1024  # what one program of stage 2 merges in one tile
 LONGEST_CHUNK = 2**24  # a count is exact in float32
@@ -38,18 +33,6 @@ def chunk_of(program, length, inner, chunks, chunk, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def finite_or_zero(x):
-    """x, or 0 in place of an infinity or NaN: a pivot may be any number, but infinity would turn into NaN."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
-def degrees_of_freedom(count, bessel):
-    """What divides the sum of squares: count - bessel, at least 1."""
-    return tl.maximum(count - bessel, 1.0)
-
-
-@triton.jit
 def partial_moments_kernel(
     x_ptr,
     mask_ptr,
@@ -63,11 +46,7 @@ def partial_moments_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write count, pivot, mean - pivot and M2 = sum (x - mean)^2 of the counted rows of one chunk.
-
-    The pivot is the mean of the first tile that counts, rounded. Tiles are merged by Chan, Golub and LeVeque 1983:
-    M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b).
-    """
+    """Write count, pivot, mean - pivot and M2 = sum (x - mean)^2 of the counted rows of one chunk."""
     program = tl.program_id(0).to(tl.int64)
     part, outer, columns, first, last = chunk_of(program, length, inner, chunks, chunk, COLUMNS)
     origin = outer * length * inner + columns[None, :]
@@ -83,21 +62,7 @@ def partial_moments_kernel(
         counted = tl.load(mask_ptr + at, mask=inside, other=0) != 0
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(counted, x, 0.0)
-
-        tile_n = tl.sum(counted.to(tl.float32), axis=0)
-        at_least_one = tl.maximum(tile_n, 1.0)
-        pivot = tl.where(n == 0.0, finite_or_zero(tl.sum(x, axis=0) / at_least_one), pivot)
-        d = tl.where(counted, x - pivot[None, :], 0.0)
-        tile_total = tl.sum(d, axis=0)
-        tile_mean = tile_total / at_least_one
-        deviation = tl.where(counted, d - tile_mean[None, :], 0.0)
-
-        gap = tile_mean - total / tl.maximum(n, 1.0)
-        weight = n * (tile_n / tl.maximum(n + tile_n, 1.0))
-        # In this order, here and below: where nothing counts, 0 times a square that overflows would be NaN.
-        squares += tl.sum(deviation * deviation, axis=0) + weight * gap * gap
-        total += tile_total
-        n += tile_n
+        n, pivot, total, squares = add_tile(n, pivot, total, squares, x, counted)
 
     out = partials_ptr + part * columns_total + outer * inner + columns
     tl.store(out, n, mask=columns < inner)
@@ -130,19 +95,13 @@ def merge_moments_kernel(
     shift = tl.load(at + 2 * plane, mask=inside, other=0.0)
     squares = tl.load(at + 3 * plane, mask=inside, other=0.0)
 
-    count = tl.sum(n.to(tl.int64), axis=0).to(tl.float32)
-    at_least_one = tl.maximum(count, 1.0)
-    centre = finite_or_zero(tl.sum(n * pivot, axis=0) / at_least_one)
-    d = (pivot - centre[None, :]) + shift
-    mean_d = tl.sum(n * d, axis=0) / at_least_one
-    deviation = d - mean_d[None, :]
-    variance = tl.sum(squares + n * deviation * deviation, axis=0) / degrees_of_freedom(count, bessel)
+    count, mean, rest, squares = merged(n, pivot, shift, squares)
+    variance = squares / degrees_of_freedom(count, bessel)
 
-    mean = centre + mean_d
     out = stats_ptr + columns
     tl.store(out, count, mask=columns < columns_total)
     tl.store(out + columns_total, mean, mask=columns < columns_total)
-    tl.store(out + 2 * columns_total, mean_d - (mean - centre), mask=columns < columns_total)
+    tl.store(out + 2 * columns_total, rest, mask=columns < columns_total)
     tl.store(out + 3 * columns_total, variance, mask=columns < columns_total)
     if ORDER == 1:
         tl.store(result_ptr + columns, mean, mask=columns < columns_total)

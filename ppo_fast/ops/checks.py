@@ -124,6 +124,12 @@ class Checker:
         if not isinstance(value, bool):
             self.fail(name, f"is a {type(value).__name__}", "a bool", TypeError)
 
+    def group(self, group: object) -> None:
+        """None or a process group."""
+        if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+            expected = "a torch.distributed.ProcessGroup or None"
+            self.fail("group", f"is a {type(group).__name__}", expected, TypeError)
+
     def choice(self, name: str, value: object, options: Sequence[str]) -> None:
         """`value` is one of the named options."""
         if value not in options:

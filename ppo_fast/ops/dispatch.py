@@ -31,6 +31,10 @@ _TABLE: dict[str, dict[str, Probe]] = {
     "entropy_from_logits": _NATIVE_AND_TRITON,
     "logprobs_and_entropy_from_logits": _NATIVE_AND_TRITON,
     "logprobs_from_logits": _NATIVE_AND_TRITON,
+    "gae": _NATIVE_AND_TRITON,
+    "kl_estimate": _NATIVE_AND_TRITON,
+    "kl_shaped_rewards": _NATIVE_AND_TRITON,
+    "shaped_gae": _NATIVE_AND_TRITON,
     "kl_from_logits": _TRITON,
     "policy_loss_from_logits": _TRITON,
     "masked_mean": _TRITON,
@@ -52,18 +56,23 @@ def _reason(op: str, impl: str, tensor: Tensor) -> str | None:
     return probe(tensor)
 
 
-def resolve(op: str, impl: str, tensor: Tensor) -> str:
-    """Name the implementation that runs `op` on `tensor`: `impl` itself, or for auto the fastest that can.
+def resolve(op: str, impl: str, tensor: Tensor, *others: Tensor | None) -> str:
+    """Name the implementation that runs `op` on these tensors: `impl` itself, or for auto the fastest that can.
 
     Raises:
         ValueError: `impl` is not a known name, or was asked for by name and cannot run; with the reason.
     """
     if impl not in get_args(Impl):
         raise ValueError(f"{op}: `impl` is {impl!r}, expected one of {', '.join(get_args(Impl))}")
+    tensors = [tensor, *(x for x in others if x is not None)]
+
+    def why_not(name: str) -> str | None:
+        return next(filter(None, (_reason(op, name, x) for x in tensors)), None)
+
     if impl == "auto":
         fastest = _PREFERENCE.get(tensor.device.type, ())
-        return next((name for name in fastest if _reason(op, name, tensor) is None), "reference")
-    reason = _reason(op, impl, tensor)
+        return next((name for name in fastest if why_not(name) is None), "reference")
+    reason = why_not(impl)
     if reason is not None:
         raise ValueError(f"impl={impl!r} is not available for {op}: {reason}")
     return impl

@@ -3,15 +3,18 @@
 Column t is response token t: `rewards[:, t]` is paid for it, `values[:, t]` is V before it.
 """
 
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
 from ppo_fast import reference
-from ppo_fast.ops import dispatch
+from ppo_fast.ops import dispatch, fused_estimate, fused_experience
 from ppo_fast.ops.checks import Checker, tokens
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.records import Experience, KlKind, MaskRule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def kl_estimate(
@@ -33,7 +36,7 @@ def kl_estimate(
         kind: which estimate. k1 and k3 are unbiased, k3 is never negative.
         input_clamp: c > 0 clamps d to [-c, c] first; verl's k3 has 20.
         output_clamp: c > 0 clamps the estimate to [-c, c]; OpenRLHF and verl's k3 have 10.
-        impl: auto or reference.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         Same shape, float32 (float64 for float64), differentiable in `logprobs`.
@@ -50,7 +53,11 @@ def kl_estimate(
     check.optional_number("input_clamp", input_clamp)
     check.optional_number("output_clamp", output_clamp)
     check.finite(None, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    dispatch.resolve("kl_estimate", impl, logprobs)
+    runs = dispatch.resolve("kl_estimate", impl, logprobs, ref_logprobs)
+    if runs != "reference":
+        return fused_estimate.kl_estimate(
+            logprobs, ref_logprobs, kind=kind, input_clamp=input_clamp, output_clamp=output_clamp, impl=runs
+        )
     return reference.kl_estimate(
         logprobs, ref_logprobs, kind=kind, input_clamp=input_clamp, output_clamp=output_clamp
     )
@@ -133,7 +140,7 @@ def kl_shaped_rewards(
         score_index: [B], int64, the counted slot that is paid the score; None means the last one.
         token_rewards: [B, T], dense rewards to add, or None.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto or reference.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         rewards, shaped as `logprobs`, float32 (float64 for float64), 0 in masked slots; a row without a
@@ -159,19 +166,18 @@ def kl_shaped_rewards(
         token_rewards,
         cu_seqlens,
     )
-    dispatch.resolve("kl_shaped_rewards", impl, logprobs)
-    return reference.kl_shaped_rewards(
-        logprobs,
-        ref_logprobs,
-        scores,
-        mask,
-        kl_coef=kl_coef,
-        clip_score=clip_score,
-        kind=kind,
-        score_index=score_index,
-        token_rewards=token_rewards,
-        cu_seqlens=cu_seqlens,
-    )
+    runs = dispatch.resolve("kl_shaped_rewards", impl, logprobs, ref_logprobs, scores, token_rewards)
+    options: dict[str, Any] = {
+        "kl_coef": kl_coef,
+        "clip_score": clip_score,
+        "kind": kind,
+        "score_index": score_index,
+        "token_rewards": token_rewards,
+        "cu_seqlens": cu_seqlens,
+    }
+    if runs != "reference":
+        return fused_experience.kl_shaped_rewards(logprobs, ref_logprobs, scores, mask, impl=runs, **options)
+    return reference.kl_shaped_rewards(logprobs, ref_logprobs, scores, mask, **options)
 
 
 def gae(
@@ -203,7 +209,7 @@ def gae(
             mask with holes it gives multiply's numbers. On a mask without holes all three agree.
         bootstrap: [B], V after the last counted token, for a response that was cut off, or None.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto or reference.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         (advantages, returns), shaped as `rewards`, float32 (float64 for float64), 0 in masked slots.
@@ -219,17 +225,17 @@ def gae(
     check.mask(mask, rewards.shape, "shape of rewards")
     _check_scan(check, rewards.shape, batch, values, mask, gamma, lam, mask_rule, bootstrap)
     check.finite(mask, rewards=rewards)
-    dispatch.resolve("gae", impl, rewards)
-    return reference.gae(
-        rewards,
-        values,
-        mask,
-        gamma=gamma,
-        lam=lam,
-        mask_rule=mask_rule,
-        bootstrap=bootstrap,
-        cu_seqlens=cu_seqlens,
-    )
+    runs = dispatch.resolve("gae", impl, rewards, values, bootstrap)
+    options: dict[str, Any] = {
+        "gamma": gamma,
+        "lam": lam,
+        "mask_rule": mask_rule,
+        "bootstrap": bootstrap,
+        "cu_seqlens": cu_seqlens,
+    }
+    if runs != "reference":
+        return fused_experience.gae(rewards, values, mask, impl=runs, **options)
+    return reference.gae(rewards, values, mask, **options)
 
 
 def shaped_gae(
@@ -248,6 +254,7 @@ def shaped_gae(
     bootstrap: Tensor | None = None,
     whiten: bool = True,
     unbiased: bool = False,
+    group: "ProcessGroup | None" = None,
     score_index: Tensor | None = None,
     token_rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -263,8 +270,10 @@ def shaped_gae(
         values, gamma, lam, mask_rule, bootstrap: as in `gae`.
         whiten: shift and scale the advantages to mean 0, variance 1 over all counted tokens.
         unbiased: divide that variance by n - 1 instead of n.
+        group: a process group whose ranks whiten by the mean and variance of all their tokens, at the price of
+            one all-reduce; every rank must call, with whatever batch it has. None: this batch alone.
         cu_seqlens: [B + 1], int: then every [B, T] is packed [total]; or None.
-        impl: auto or reference.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         Experience(rewards, advantages, returns, kl), shaped as `logprobs`, float32 (float64 for float64), 0
@@ -292,23 +301,25 @@ def shaped_gae(
     _check_scan(check, logprobs.shape, batch, values, mask, gamma, lam, mask_rule, bootstrap)
     check.flag("whiten", whiten)
     check.flag("unbiased", unbiased)
-    dispatch.resolve("shaped_gae", impl, logprobs)
-    return reference.shaped_gae(
-        logprobs,
-        ref_logprobs,
-        scores,
-        values,
-        mask,
-        kl_coef=kl_coef,
-        clip_score=clip_score,
-        gamma=gamma,
-        lam=lam,
-        kind=kind,
-        mask_rule=mask_rule,
-        bootstrap=bootstrap,
-        whiten=whiten,
-        unbiased=unbiased,
-        score_index=score_index,
-        token_rewards=token_rewards,
-        cu_seqlens=cu_seqlens,
+    check.group(group)
+    runs = dispatch.resolve(
+        "shaped_gae", impl, logprobs, ref_logprobs, scores, values, token_rewards, bootstrap
     )
+    options: dict[str, Any] = {
+        "kl_coef": kl_coef,
+        "clip_score": clip_score,
+        "gamma": gamma,
+        "lam": lam,
+        "kind": kind,
+        "mask_rule": mask_rule,
+        "bootstrap": bootstrap,
+        "whiten": whiten,
+        "unbiased": unbiased,
+        "group": group,
+        "score_index": score_index,
+        "token_rewards": token_rewards,
+        "cu_seqlens": cu_seqlens,
+    }
+    if runs != "reference":
+        return fused_experience.shaped_gae(logprobs, ref_logprobs, scores, values, mask, impl=runs, **options)
+    return reference.shaped_gae(logprobs, ref_logprobs, scores, values, mask, **options)

@@ -4,13 +4,17 @@ Column t is response token t: `rewards[:, t]` is paid for it, `values[:, t]` is 
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ppo_fast.records import Experience, KlKind, MaskRule
-from ppo_fast.reference.moments import masked_whiten
+from ppo_fast.reference.moments import WHITEN_EPS, masked_whiten
 from ppo_fast.reference.numerics import keep, pad_rows, unpad_rows, widen
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def kl_estimate(
@@ -226,6 +230,7 @@ def shaped_gae(
     bootstrap: Tensor | None = None,
     whiten: bool = True,
     unbiased: bool = False,
+    group: "ProcessGroup | None" = None,
     score_index: Tensor | None = None,
     token_rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -240,6 +245,7 @@ def shaped_gae(
         values, gamma, lam, mask_rule, bootstrap: as in `gae`.
         whiten: shift and scale the advantages to mean 0, variance 1 over all counted tokens.
         unbiased: divide that variance by n - 1 instead of n.
+        group: whiten by the mean and variance over the tokens of all its ranks.
         cu_seqlens: [B + 1], int: then every [B, T] is packed [total].
 
     Returns:
@@ -264,6 +270,7 @@ def shaped_gae(
             bootstrap=bootstrap,
             whiten=whiten,
             unbiased=unbiased,
+            group=group,
             score_index=score_index,
             token_rewards=None if token_rewards is None else pad_rows(token_rewards, cu_seqlens),
         )
@@ -284,6 +291,20 @@ def shaped_gae(
     )
     counted = mask != 0
     kl = kl_estimate(keep(logprobs, counted), keep(ref_logprobs, counted), kind=kind)
-    if whiten:
+    if whiten and group is None:
         advantages = masked_whiten(advantages, mask, unbiased=unbiased)
+    elif whiten:
+        advantages = _whiten_over(group, advantages, counted, unbiased)
     return Experience(rewards, advantages, returns, kl)
+
+
+def _whiten_over(group: "ProcessGroup | None", x: Tensor, counted: Tensor, unbiased: bool) -> Tensor:
+    """`masked_whiten` by the moments of all ranks: sums about 0 in float64, added up by two all-reduces."""
+    kept = torch.where(counted, x.detach().double(), 0.0)
+    sums = torch.stack([counted.sum().double(), kept.sum()])
+    torch.distributed.all_reduce(sums, group=group)
+    n, mean = sums[0], sums[1] / sums[0].clamp(min=1)
+    squares = torch.where(counted, kept - mean, 0.0).square().sum()
+    torch.distributed.all_reduce(squares, group=group)
+    scale = torch.rsqrt(squares / (n - 1 if unbiased else n).clamp(min=1) + WHITEN_EPS)
+    return torch.where(counted, (x - mean) * scale, 0.0).to(x.dtype)

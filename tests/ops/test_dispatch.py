@@ -86,7 +86,7 @@ def test_importing_and_running_the_reference_needs_torch_alone() -> None:
         "before = set(sys.modules)\n"
         "x = torch.zeros(1, 2)\n"
         "ppo_fast.logprobs_from_logits(x, torch.tensor([0]), impl='reference')\n"
-        "ppo_fast.gae(x, x, x)\n"
+        "ppo_fast.gae(x, x, x, impl='reference')\n"
         "heavy = {'triton', 'transformers', 'deepspeed', 'jsonargparse', 'ppo_fast.ppo'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )

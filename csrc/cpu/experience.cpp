@@ -1,0 +1,134 @@
+// The experience stage on a CPU: one body (sequence.h) for every instruction set, sequences over threads.
+#include "cpu/experience.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "cpu/halves.h"
+#include "cpu/threads.h"
+
+// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
+#define PPO_FAST_ISA portable
+#include "sequence.h"
+#undef PPO_FAST_ISA
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define PPO_FAST_X86 1
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define PPO_FAST_ISA avx2
+#include "sequence.h"
+#undef PPO_FAST_ISA
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+#define PPO_FAST_ISA avx512
+#include "sequence.h"
+#undef PPO_FAST_ISA
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // PPO_FAST_X86
+
+namespace ppo_fast {
+namespace {
+
+constexpr double kWhitenEps = 1e-8;  // inside the square root, so that a batch of equal values whitens to 0
+
+struct SequenceOps {
+  void (*sequences[2])(const ExperienceIn&, const ExperienceOut&, std::int64_t, std::int64_t);  // float, double
+  void (*gradients[2])(const GaeGradient&, std::int64_t, std::int64_t);
+  void (*estimates[2])(const KlIn&, std::int64_t, std::int64_t);
+  void (*whiten[2])(void*, const std::uint8_t*, double, double, std::int64_t, std::int64_t);
+};
+
+#define PPO_FAST_SEQUENCE_OPS(isa)                                    \
+  SequenceOps {                                                       \
+    {isa::some_sequences<float>, isa::some_sequences<double>},        \
+        {isa::some_gradients<float>, isa::some_gradients<double>},    \
+        {isa::some_estimates<float>, isa::some_estimates<double>},    \
+        {isa::whiten_some<float>, isa::whiten_some<double>}           \
+  }
+
+const SequenceOps& ops_of(Isa isa) {
+#ifdef PPO_FAST_X86
+  static const SequenceOps avx2_ops = PPO_FAST_SEQUENCE_OPS(avx2);
+  static const SequenceOps avx512_ops = PPO_FAST_SEQUENCE_OPS(avx512);
+  if (isa == Isa::kAvx2) return avx2_ops;
+  if (isa == Isa::kAvx512) return avx512_ops;
+#endif
+  (void)isa;
+  static const SequenceOps portable_ops = PPO_FAST_SEQUENCE_OPS(portable);
+  return portable_ops;
+}
+
+#undef PPO_FAST_SEQUENCE_OPS
+
+int of_compute(DType compute) { return compute == DType::kFloat64 ? 1 : 0; }
+
+}  // namespace
+
+void experience_forward(const ExperienceIn& in, const ExperienceOut& out, RunOn on) {
+  const auto some = ops_of(on.isa).sequences[of_compute(in.compute)];
+  const std::int64_t all = in.cu_seqlens != nullptr ? in.tokens : in.sequences * in.tokens;
+  parallel_rows(in.sequences, all / std::max<std::int64_t>(1, in.sequences), on.threads,
+                [&](std::int64_t begin, std::int64_t end) { some(in, out, begin, end); });
+}
+
+void gae_backward(const GaeGradient& in, RunOn on) {
+  const auto some = ops_of(on.isa).gradients[of_compute(in.compute)];
+  const std::int64_t all = in.cu_seqlens != nullptr ? in.tokens : in.sequences * in.tokens;
+  parallel_rows(in.sequences, all / std::max<std::int64_t>(1, in.sequences), on.threads,
+                [&](std::int64_t begin, std::int64_t end) { some(in, begin, end); });
+}
+
+void kl_estimate(const KlIn& in, RunOn on) {
+  const auto some = ops_of(on.isa).estimates[of_compute(in.compute)];
+  parallel_rows(in.size, 1, on.threads, [&](std::int64_t begin, std::int64_t end) { some(in, begin, end); });
+}
+
+// In the order of the parts, by Chan, Golub and LeVeque 1983.
+Moments merge_parts(const Moments* parts, std::int64_t count) {
+  Moments whole{0.0, 0.0, 0.0};
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Moments& part = parts[i];
+    if (part.count == 0.0) continue;
+    const double all = whole.count + part.count;
+    const double gap = part.mean - whole.mean;
+    whole.mean = whole.count == 0.0 ? part.mean : whole.mean + gap * (part.count / all);
+    whole.squares += part.squares + gap * gap * (whole.count * part.count / all);
+    whole.count = all;
+  }
+  return whole;
+}
+
+void whiten_by_parts(void* x, const std::uint8_t* mask, std::int64_t size, DType compute, const Moments* parts,
+                     std::int64_t count, bool unbiased, RunOn on) {
+  const Moments whole = merge_parts(parts, count);
+  const double freedom = std::max(1.0, whole.count - (unbiased ? 1.0 : 0.0));
+  const double scale = 1.0 / std::sqrt(whole.squares / freedom + kWhitenEps);
+  const auto some = ops_of(on.isa).whiten[of_compute(compute)];
+  parallel_rows(size, 1, on.threads,
+                [&](std::int64_t begin, std::int64_t end) { some(x, mask, whole.mean, scale, begin, end); });
+}
+
+}  // namespace ppo_fast

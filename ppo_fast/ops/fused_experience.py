@@ -1,0 +1,305 @@
+"""The experience stage as `torch.library` operators: one sweep, and one to whiten. C++ on a CPU, Triton on a GPU."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast import build
+from ppo_fast.ops import experience_gradient
+from ppo_fast.ops import moments as masked_moments
+from ppo_fast.ops.fused_estimate import (
+    COMPUTE,
+    KINDS,
+    address,
+    as_bytes,
+    packed,
+    per_sequence,
+    token_rows,
+    widest,
+)
+from ppo_fast.records import Experience
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+CONSTANTS = ("gamma", "lam", "ref_logprobs")
+MOMENTS = {"cpu": 3, "triton": 4}  # numbers of a part: in rows of float64, or in planes of float32
+
+
+def shaped_gae(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    whiten: bool,
+    unbiased: bool,
+    group: "ProcessGroup | None",
+    impl: str,
+    **options: Any,
+) -> Experience:
+    """Run `ppo_fast.shaped_gae` on `impl`."""
+    learns = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (logprobs, scores, values, *options.values())
+    )
+    rewards, kl, advantages, returns, parts = _run(
+        impl,
+        mask,
+        moments=whiten and not learns,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        scores=scores,
+        values=values,
+        **options,
+    )
+    if learns and whiten and group is not None:
+        raise ValueError("shaped_gae: whitening over `group` has no gradient; detach the inputs")
+    if whiten and group is not None:
+        parts = _pooled(parts, group, impl)
+    if whiten and learns:
+        advantages = masked_moments.masked_whiten(advantages, mask, unbiased=unbiased)
+    elif whiten:
+        whiten_by_parts(advantages, mask, parts, unbiased, impl)
+    return Experience(rewards, advantages, returns, kl)
+
+
+def kl_shaped_rewards(
+    logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, *, impl: str, **options: Any
+) -> Tensor:
+    """Run `ppo_fast.kl_shaped_rewards` on `impl`."""
+    return _run(impl, mask, logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, **options)[0]
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, impl: str, **options: Any) -> tuple[Tensor, Tensor]:
+    """Run `ppo_fast.gae` on `impl`: what is paid for a token comes in as its dense reward."""
+    _, _, advantages, returns, _ = _run(impl, mask, token_rewards=rewards, values=values, **options)
+    return advantages, returns
+
+
+def _run(
+    impl: str,
+    mask: Tensor,
+    *,
+    moments: bool = False,
+    kl_coef: float = 0.0,
+    clip_score: float | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 1.0,
+    kind: str = "k1",
+    mask_rule: str = "carry",
+    cu_seqlens: Tensor | None = None,
+    **tensors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the operator with what is given; outputs that nobody asked for have no elements."""
+    numbers = (
+        kl_coef,
+        math.inf if clip_score is None else clip_score,
+        *(1.0 if isinstance(x, Tensor) else x for x in (gamma, lam)),
+    )
+    own = {name: x for name, x in (("gamma", gamma), ("lam", lam)) if isinstance(x, Tensor)}
+    return experience(
+        mask,
+        packed(numbers, mask.device, impl),
+        cu_seqlens=cu_seqlens,
+        kind=kind,
+        mask_rule=mask_rule,
+        moments=moments,
+        impl=impl,
+        **{
+            name: x.detach() if name in CONSTANTS else x
+            for name, x in (own | tensors).items()
+            if x is not None
+        },
+    )
+
+
+def _wanted(logprobs: Tensor | None, scores: Tensor | None, values: Tensor | None) -> tuple[bool, ...]:
+    """Which of rewards, kl, advantages and returns these inputs give."""
+    scanned = values is not None
+    return logprobs is not None or scores is not None, logprobs is not None, scanned, scanned
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`tensor` with contiguous rows: a slice of columns is taken as it is, all else that is strided is copied."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
+
+
+@torch.library.custom_op("ppo_fast::experience", mutates_args=())
+def experience(
+    mask: Tensor,
+    coefficients: Tensor,
+    kind: str,
+    mask_rule: str,
+    moments: bool,
+    impl: str,
+    cu_seqlens: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    token_rewards: Tensor | None = None,
+    values: Tensor | None = None,
+    scores: Tensor | None = None,
+    score_index: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    gamma: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(rewards, kl, advantages, returns, moments of each sequence); without their inputs they have no elements."""
+    dtype = widest(logprobs, ref_logprobs, token_rewards, values, scores, bootstrap)
+    token_tensors = {
+        "logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+        "token_rewards": token_rewards,
+        "values": values,
+    }
+    numbers = {"scores": scores, "bootstrap": bootstrap, "gamma": gamma, "lam": lam}
+    tokens = {name: None if x is None else _rows(x) for name, x in token_tensors.items()}
+    per_row = {name: per_sequence(x, dtype) for name, x in numbers.items()}
+    per_row["score_index"] = None if score_index is None else score_index.contiguous()
+    if impl == "cpu":
+        return _cpu_experience(
+            _rows(mask), tokens, per_row, coefficients, cu_seqlens, dtype, kind, mask_rule, moments
+        )
+    from ppo_fast.kernels import experience as kernels
+
+    inputs = kernels.ExperienceInputs(
+        mask=_rows(mask),
+        coefficients=coefficients,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        **tokens,
+        **per_row,
+    )
+    out = kernels.experience_forward(inputs, kind=kind, mask_rule=mask_rule, moments=moments)
+    return tuple(coefficients.new_empty(0) if x is None else x for x in out)  # type: ignore[return-value]
+
+
+@experience.register_fake
+def _(
+    mask: Tensor,
+    coefficients: Tensor,
+    kind: str,
+    mask_rule: str,
+    moments: bool,
+    impl: str,
+    cu_seqlens: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    token_rewards: Tensor | None = None,
+    values: Tensor | None = None,
+    scores: Tensor | None = None,
+    score_index: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    gamma: Tensor | None = None,
+    lam: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = widest(logprobs, ref_logprobs, token_rewards, values, scores, bootstrap)
+    sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    parts = (sequences, MOMENTS[impl]) if impl == "cpu" else (MOMENTS[impl], sequences)
+    wanted = _wanted(logprobs, scores, values)
+    tokens = [mask.new_empty(mask.shape if want else (0,), dtype=dtype) for want in wanted]
+    return (*tokens, coefficients.new_empty(parts if moments else (0,)))  # type: ignore[return-value]
+
+
+def _cpu_experience(
+    mask: Tensor,
+    tokens: dict[str, Tensor | None],
+    per_row: dict[str, Tensor | None],
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+    kind: str,
+    mask_rule: str,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    starts = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    sequences = mask.shape[0] if starts is None else len(starts) - 1
+    counted = as_bytes(mask)
+    kl_coef, clip_score, all_gamma, all_lam, *_ = coefficients.tolist()
+    native = build.extension()
+    inputs = native.ExperienceIn(
+        sequences=sequences,
+        tokens=mask.shape[-1],
+        cu_seqlens=address(starts),
+        compute=COMPUTE[dtype],
+        mask=token_rows(counted),
+        **{name: token_rows(x) for name, x in tokens.items()},
+        **{name: address(x) for name, x in per_row.items()},
+        kl_coef=kl_coef,
+        clip_score=clip_score,
+        all_gamma=all_gamma,
+        all_lam=all_lam,
+        kind=KINDS.index(kind),
+        carry=mask_rule == "carry",
+    )
+    wanted = _wanted(tokens["logprobs"], per_row["scores"], tokens["values"])
+    rewards, kl, advantages, returns = (
+        torch.empty(mask.shape if want else (0,), dtype=dtype) for want in wanted
+    )
+    parts = torch.empty((sequences, MOMENTS["cpu"]) if moments else (0,), dtype=torch.float64)
+    outputs = {"rewards": rewards, "kl": kl, "advantages": advantages, "returns": returns, "moments": parts}
+    native.experience_forward(
+        inputs,
+        **{name: x.data_ptr() for name, x in outputs.items()},
+        threads=torch.get_num_threads(),
+        isa=build.selected_isa(),
+    )
+    return rewards, kl, advantages, returns, parts
+
+
+@torch.library.custom_op("ppo_fast::whiten_by_parts", mutates_args=("x",))
+def whiten_by_parts(x: Tensor, mask: Tensor, parts: Tensor, unbiased: bool, impl: str) -> None:
+    """Whiten `x` in place, float32 or float64, contiguous, by the moments of all its parts; 0 where masked."""
+    if impl == "cpu":
+        counted = as_bytes(mask).contiguous()
+        build.extension().whiten_by_parts(
+            x=x.data_ptr(),
+            mask=counted.data_ptr(),
+            size=x.numel(),
+            compute=COMPUTE[x.dtype],
+            parts=parts.data_ptr(),
+            count=parts.shape[0],
+            unbiased=unbiased,
+            threads=torch.get_num_threads(),
+            isa=build.selected_isa(),
+        )
+        return
+    from ppo_fast.kernels import experience as kernels
+
+    kernels.whiten_by_parts(x, mask.contiguous(), parts, unbiased=unbiased)
+
+
+@torch.library.custom_op("ppo_fast::merge_parts", mutates_args=())
+def merge_parts(parts: Tensor, impl: str) -> Tensor:
+    """The moments of all parts as those of one."""
+    if impl == "cpu":
+        whole = torch.empty((1, MOMENTS[impl]), dtype=torch.float64)
+        build.extension().merge_parts(parts=parts.data_ptr(), count=parts.shape[0], whole=whole.data_ptr())
+        return whole
+    from ppo_fast.kernels import experience as kernels
+
+    merged = kernels.group_parts(parts, 1)
+    return merged.clone() if merged is parts else merged
+
+
+@merge_parts.register_fake
+def _(parts: Tensor, impl: str) -> Tensor:
+    return parts.new_empty((1, MOMENTS[impl]) if impl == "cpu" else (MOMENTS[impl], 1))
+
+
+def _pooled(parts: Tensor, group: "ProcessGroup", impl: str) -> Tensor:
+    """The moments of every rank, one part each, by one all-reduce of a table in which each rank fills its own place."""
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    whole = merge_parts(parts, impl)
+    table = whole.new_zeros((ranks, *whole.shape))
+    table[rank] = whole
+    torch.distributed.all_reduce(table, group=group)
+    return table.flatten(0, 1) if impl == "cpu" else table.squeeze(2).T.contiguous()
+
+
+experience.register_autograd(
+    experience_gradient.backward, setup_context=experience_gradient.save_for_backward
+)
