@@ -6,14 +6,26 @@ device. To add a kernel, add a call of its launcher to `calls`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from ppo_fast.kernels import kl, logprob, moments, policy_loss, sequences, surrogate, tokens, value_loss
+from ppo_fast.kernels import (
+    experience,
+    gae_backward,
+    kl,
+    kl_estimate,
+    logprob,
+    moments,
+    policy_loss,
+    sequences,
+    surrogate,
+    tokens,
+    value_loss,
+)
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -169,13 +181,65 @@ def moment_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield name, partial(moments.normalize_backward, grad, x, mask, stats, **options)
 
 
+def experience_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(variant, call) of every launcher of the experience stage: padded and packed, every estimate and mask rule."""
+    rows = meta(SEQUENCES)
+    for shape, cu, layout in (
+        ((SEQUENCES, TOKENS), None, "padded"),
+        ((SEQUENCES * TOKENS,), meta(SEQUENCES + 1, dtype=torch.int32), "packed"),
+    ):
+        x, mask, grad = meta(*shape, dtype=dtype), meta(*shape, dtype=torch.bool), meta(*shape)
+        nothing = dict.fromkeys(field.name for field in fields(experience.ExperienceInputs))
+        given = {**nothing, "mask": mask, "coefficients": meta(surrogate.COEFFICIENTS), "cu_seqlens": cu}
+        shaping = {"logprobs": x, "ref_logprobs": x, "scores": rows}
+        extra = {
+            "bootstrap": rows,
+            "gamma": rows,
+            "lam": rows,
+            "score_index": meta(SEQUENCES, dtype=torch.int64),
+            "token_rewards": x,
+        }
+        for rule in ("carry", "multiply"):
+            variants = [*((kind, {}, kind) for kind in experience.KINDS), ("k1", extra, "own numbers")]
+            for kind, more, name in variants:
+                inputs = experience.ExperienceInputs(**given | shaping | {"values": x} | more)
+                options = {"kind": kind, "mask_rule": rule, "moments": True}
+                yield f"{layout}+{rule}+{name}", partial(experience.experience_forward, inputs, **options)
+            scan = experience.ExperienceInputs(**given | {"token_rewards": x, "values": x})
+            options = {"kind": "k1", "mask_rule": rule, "moments": False}
+            yield f"{layout}+{rule}+gae", partial(experience.experience_forward, scan, **options)
+            coefficients = meta(surrogate.COEFFICIENTS)
+            yield (
+                f"{layout}+{rule}",
+                partial(
+                    gae_backward.gae_backward, grad, grad, mask, None, None, coefficients, cu, mask_rule=rule
+                ),
+            )
+        rewards = experience.ExperienceInputs(**given | shaping)
+        options = {"kind": "k1", "mask_rule": "carry", "moments": False}
+        yield f"{layout}+rewards", partial(experience.experience_forward, rewards, **options)
+    flat, size = meta(SEQUENCES * TOKENS, dtype=dtype), SEQUENCES * TOKENS
+    for parts in (SEQUENCES, 65536):
+        partials = meta(experience.PARTIALS, parts)
+        mask = meta(size, dtype=torch.bool)
+        yield (
+            f"{parts} parts",
+            partial(experience.whiten_by_parts, meta(size), mask, partials, unbiased=False),
+        )
+        yield f"{parts} parts to one", partial(experience.group_parts, partials, 1)
+    for kind in experience.KINDS:
+        clamps = meta(surrogate.COEFFICIENTS)
+        yield kind, partial(kl_estimate.kl_estimate, flat, flat, clamps, kind=kind)
+        yield kind, partial(kl_estimate.kl_estimate_backward, meta(size), flat, flat, clamps, kind=kind)
+
+
 def calls() -> Iterator[tuple[str, str, str, Callable[[], Any]]]:
     """(dtype, vocabulary, variant, call) of every launcher in every shipped configuration."""
     for name, dtype in DTYPES.items():
         for vocab in VOCABULARIES:
             for variant, call in logits_calls(dtype, vocab):
                 yield name, str(vocab), variant, call
-        for variant, call in (*token_calls(dtype), *moment_calls(dtype)):
+        for variant, call in (*token_calls(dtype), *moment_calls(dtype), *experience_calls(dtype)):
             yield name, "", variant, call
     coefficients = (1.0,) * surrogate.COEFFICIENTS
     yield "fp32", "", "", partial(surrogate.pack_coefficients, coefficients, torch.device("meta"))

@@ -7,6 +7,7 @@
 
 #include "cpu/experience.h"
 #include "cpu/logits.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 using namespace ppo_fast;
@@ -297,6 +298,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("whiten_by_parts", &whiten, py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("size"), py::arg("compute"),
         py::arg("parts"), py::arg("count"), py::arg("unbiased"), py::arg("threads"), py::arg("isa"));
   m.def("merge_parts", &merge, py::kw_only(), py::arg("parts"), py::arg("count"), py::arg("whole"));
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t address, std::int64_t bytes) {
+        require(bytes >= 0, "bytes is " + std::to_string(bytes) + ", expected 0 or more");
+        advise_huge_pages(pointer<void>(address), bytes);
+      },
+      py::kw_only(), py::arg("address"), py::arg("bytes"));
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");

@@ -1,15 +1,14 @@
 // One sequence of the experience stage, from its end to its start. One body for every instruction set: experience.cpp
-// includes it once for each, inside that set's target pragma; hence no include guard. The loops are written for the
-// compiler's vectoriser; the recurrence is a chain of one multiply-add a token, hidden behind the memory's traffic.
+// includes it once for each, after lanes.h, inside that set's target pragma; hence no include guard.
 //
-// Tiles are counted from the sequence's first slot and filled up with slots that do not count, so that a token's result
-// does not depend on the padding after it.
+// A block is one register of tokens. Blocks are counted from the sequence's first slot, and what does not count adds
+// zeros, so that a token's result does not depend on the padding after it. Where a whole block counts, its recurrence is a
+// scan inside the register; else it is taken slot by slot.
 
 namespace ppo_fast {
 namespace PPO_FAST_ISA {
 
-constexpr std::int64_t kTile = 512;  // tokens: a tile of every buffer fits into L1
-constexpr int kSums = 8;             // partial sums of the moments, by position modulo this
+constexpr std::int64_t kTile = 512;  // tokens converted at once where an input is not in the dtype of the arithmetic
 
 template <class C, class T>
 inline void widen_block(const T* x, std::int64_t n, C* y) {
@@ -17,7 +16,7 @@ inline void widen_block(const T* x, std::int64_t n, C* y) {
 }
 
 template <class C>
-inline void load_block(const TokenRows& rows, std::int64_t at, std::int64_t n, std::int64_t width, C* y) {
+inline void load_block(const TokenRows& rows, std::int64_t at, std::int64_t n, C* y) {
   switch (rows.dtype) {
     case DType::kFloat32:
       widen_block(static_cast<const float*>(rows.data) + at, n, y);
@@ -32,7 +31,6 @@ inline void load_block(const TokenRows& rows, std::int64_t at, std::int64_t n, s
       widen_block(static_cast<const Float16*>(rows.data) + at, n, y);
       break;
   }
-  for (std::int64_t i = n; i < width; ++i) y[i] = C(0);
 }
 
 template <class C, class T>
@@ -81,7 +79,7 @@ inline C expm1_less_x(C x) {
   C series = 1 + x / 9 * (1 + x / 10 * (1 + x / 11 * (1 + x / 12)));
   series = 1 + x / 6 * (1 + x / 7 * (1 + x / 8 * series));
   series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * series)));
-  const C near = sizeof(C) == sizeof(float) ? C(0.5) : C(0.125);
+  const C near = sizeof(C) == sizeof(float) ? C(1) : C(0.125);
   return x < near && x > -near ? series : exp_any(x) - 1 - x;
 }
 
@@ -129,86 +127,271 @@ inline C held(C x, C bound) {
   return x > bound ? bound : x < -bound ? -bound : x;
 }
 
+// x moved K lanes towards the first, filled from the right with the first lanes of `fill`.
+template <int K, class V, int... I>
+inline V shifted(V x, V fill, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, fill, (I + K)...);
+}
+template <int K, class C>
+inline typename Lanes<C>::Vec shifted(typename Lanes<C>::Vec x, typename Lanes<C>::Vec fill) {
+  return shifted<K>(x, fill, std::make_integer_sequence<int, Lanes<C>::kWidth>{});
+}
+template <class V, int... I>
+inline V first_lane(V x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I * 0)...);
+}
+
+// What all blocks of a sequence share: powers of the decay for the scan inside a register.
 template <class C>
-struct Tile {
-  std::uint8_t counted[kTile];
-  C kl[kTile];
-  C rewards[kTile];
-  C values[kTile + 1];
-  C advantages[kTile];
-  C returns[kTile];
-  C scratch[kTile];
+struct Recurrence {
+  using V = typename Lanes<C>::Vec;
+  static constexpr int kWidth = Lanes<C>::kWidth;
+  C gamma;
+  C decay;
+  C power[4];     // decay^1, ^2, ^4, ^8
+  V to_the_next;  // decay^(W - lane): what a lane takes of the slot after the block
+
+  Recurrence(C gamma_, C decay_) : gamma(gamma_), decay(decay_) {
+    power[0] = decay;
+    for (int k = 1; k < 4; ++k) power[k] = power[k - 1] * power[k - 1];
+    C factor = decay;
+    for (int lane = kWidth - 1; lane >= 0; --lane, factor *= decay) to_the_next[lane] = factor;
+  }
+
+  // A_i = x_i + decay A_{i+1} in a register, A after it being `next` in every lane.
+  V scan(V x, V next) const {
+    x += power[0] * shifted<1, C>(x, V{});
+    if constexpr (kWidth > 2) x += power[1] * shifted<2, C>(x, V{});
+    if constexpr (kWidth > 4) x += power[2] * shifted<4, C>(x, V{});
+    if constexpr (kWidth > 8) x += power[3] * shifted<8, C>(x, V{});
+    return x + to_the_next * next;
+  }
 };
 
-// What a sequence hands on from a tile to the one before it.
+// Where the tokens of a tile lie, in the dtype of the arithmetic; null: not given, or not wanted.
+template <class C>
+struct TilePointers {
+  const std::uint8_t* mask;
+  const C* logprobs;
+  const C* ref_logprobs;
+  const C* token_rewards;
+  const C* values;
+  C* rewards;
+  C* kl;
+  C* advantages;
+  C* returns;
+
+  TilePointers from(std::int64_t at) const {
+    const auto moved = [at](auto* p) { return p == nullptr ? p : p + at; };
+    return {mask + at,          moved(logprobs), moved(ref_logprobs), moved(token_rewards), moved(values),
+            moved(rewards), moved(kl),       moved(advantages),   moved(returns)};
+  }
+};
+
+// Sums of x and x^2 in double, lane by lane, in whole registers: a float's block is two of them.
+using Doubles = Lanes<double>::Vec;
+template <class C>
+struct Sums;
+
+template <>
+struct Sums<double> {
+  Doubles x{}, xx{};
+  void add(Doubles v, double pivot) {
+    const Doubles d = v - pivot;
+    x += d;
+    xx += d * d;
+  }
+  double total() const {
+    double sum = 0.0;
+    for (int lane = 0; lane < Lanes<double>::kWidth; ++lane) sum += x[lane];
+    return sum;
+  }
+  double squares() const {
+    double sum = 0.0;
+    for (int lane = 0; lane < Lanes<double>::kWidth; ++lane) sum += xx[lane];
+    return sum;
+  }
+};
+
+template <>
+struct Sums<float> {
+  Sums<double> low, high;
+  template <int... I>
+  void add_halves(Lanes<float>::Vec v, double pivot, std::integer_sequence<int, I...>) {
+    low.add(__builtin_convertvector(__builtin_shufflevector(v, v, I...), Doubles), pivot);
+    high.add(__builtin_convertvector(__builtin_shufflevector(v, v, (I + Lanes<double>::kWidth)...), Doubles), pivot);
+  }
+  void add(Lanes<float>::Vec v, double pivot) {
+    add_halves(v, pivot, std::make_integer_sequence<int, Lanes<double>::kWidth>{});
+  }
+  double total() const { return low.total() + high.total(); }
+  double squares() const { return low.squares() + high.squares(); }
+};
+
+// What a sequence hands on from a block to the one before it.
 template <class C>
 struct Carry {
-  bool met = false;      // whether a counted slot has been met
-  C advantage = C(0);    // of the slot to the right of the tile
-  C next_value = C(0);   // as the slot at the tile's right end sees it
-  double pivot = 0.0;    // the first advantage met: moments are taken about it
+  using V = typename Lanes<C>::Vec;
+  static constexpr int kWidth = Lanes<C>::kWidth;
+  bool met = false;   // whether a counted slot has been met
+  V advantage{};      // of the slot to the right of the block, in every lane
+  V next_value{};     // as the slot at the block's right end sees it, in every lane
+  double pivot = 0.0;  // the first advantage met: moments are taken about it
   double count = 0.0;
-  double sums[kSums] = {};
-  double squares[kSums] = {};
+  Sums<C> sums;        // of full blocks
+  double total = 0.0;  // of single slots
+  double squares = 0.0;
+
+  Moments moments() const {
+    if (count == 0.0) return {0.0, 0.0, 0.0};
+    const double sum = total + sums.total();
+    const double about_mean = squares + sums.squares() - sum * (sum / count);
+    return {count, pivot + sum / count, about_mean < 0.0 ? 0.0 : about_mean};
+  }
 };
 
-// A_t = delta_t + gamma lam A_{t+1} over the slots [0, end), where `end` follows the last slot that takes part.
 template <class C>
-inline void scan_tile(Tile<C>& tile, std::int64_t end, bool all, bool cut_out, C gamma, C decay, Carry<C>& carry) {
-  C advantage = carry.advantage;
-  if (all) {
-    tile.values[end] = carry.next_value;
-    for (std::int64_t i = 0; i < end; ++i) {
-      tile.scratch[i] = tile.rewards[i] + (gamma * tile.values[i + 1] - tile.values[i]);
+struct Shaping {
+  C kl_coef;
+  C score;
+  std::int64_t paid;  // the slot that is paid the score, from the sequence's first; -1: the last counted one
+  KlKind kind;
+  bool scored;
+  bool cut_out;  // a masked slot between counted ones is no step
+  bool moments;
+};
+
+constexpr std::uint8_t kAllCount[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+template <class C>
+inline bool whole_block_counts(const std::uint8_t* mask) {
+  return std::memcmp(mask, kAllCount, Lanes<C>::kWidth) == 0;  // a bool is 0 or 1; another byte goes slot by slot
+}
+
+inline bool nothing_counts(const std::uint8_t* mask, std::int64_t n) {
+  std::uint8_t any = 0;
+  for (std::int64_t i = 0; i < n; ++i) any |= mask[i];
+  return any == 0;
+}
+
+// Blocks from `first` downwards while every slot of them counts; returns the first slot of the block that it stopped at.
+// The sequence's last slot lies to the right of them. `paid` is the slot of the tile that is paid, if it lies here.
+// `kUsual`: k1, no dense rewards, everything wanted; the compiler then leaves the branches out.
+template <bool kUsual, class C>
+inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first, const Shaping<C>& shaping,
+                                const Recurrence<C>& recurrence, std::int64_t paid, Carry<C>& carry) {
+  using V = typename Lanes<C>::Vec;
+  constexpr int kWidth = Lanes<C>::kWidth;
+  const auto lanes = std::make_integer_sequence<int, kWidth>{};
+  const TilePointers<C> in = tile;        // copies, which stay in registers: the stores below could alias the originals
+  const Recurrence<C> chain = recurrence;
+  Carry<C> own = carry;
+  std::int64_t at = first;
+  for (; at >= 0 && whole_block_counts<C>(in.mask + at); at -= kWidth) {
+    V r{};
+    if (kUsual || in.logprobs != nullptr) {
+      V kl = load(in.logprobs + at) - load(in.ref_logprobs + at);
+      if (!kUsual && shaping.kind != KlKind::kK1) {
+        C d[kWidth];
+        store(d, kl);
+        kl_block(d, kWidth, shaping.kind, d);
+        kl = load(d);
+      }
+      if (kUsual || in.kl != nullptr) store(in.kl + at, kl);
+      r = -shaping.kl_coef * kl;
     }
-    for (std::int64_t i = end - 1; i >= 0; --i) {
-      advantage = tile.scratch[i] + decay * advantage;
-      tile.advantages[i] = advantage;
+    if (!kUsual && in.token_rewards != nullptr) r += load(in.token_rewards + at);
+    if (paid >= at && paid < at + kWidth) r[paid - at] += shaping.score;
+    if (kUsual || in.rewards != nullptr) store(in.rewards + at, r);
+    if (!kUsual && in.values == nullptr) continue;
+    const V v = load(in.values + at);
+    const V delta = r + (chain.gamma * shifted<1, C>(v, own.next_value) - v);
+    const V advantage = chain.scan(delta, own.advantage);
+    store(in.advantages + at, advantage);
+    store(in.returns + at, advantage + v);
+    own.advantage = first_lane(advantage, lanes);
+    own.next_value = first_lane(v, lanes);
+    if (kUsual || shaping.moments) own.sums.add(advantage, own.pivot);
+  }
+  if (shaping.moments) own.count += static_cast<double>(first - at);
+  carry = own;
+  return at;
+}
+
+// Any block of n slots, slot by slot; `paid` is the lane that is paid, -1 for the last counted one if it is met here.
+template <class C>
+inline void mixed_block(const TilePointers<C>& at, const Shaping<C>& shaping, const Recurrence<C>& recurrence,
+                        std::int64_t paid, std::int64_t n, Carry<C>& carry) {
+  C advantage = carry.advantage[0];
+  C next_value = carry.next_value[0];
+  for (std::int64_t i = n - 1; i >= 0; --i) {
+    const bool counted = at.mask[i] != 0;
+    const bool last = counted && !carry.met;
+    carry.met = carry.met || counted;
+    C kl = counted && at.logprobs != nullptr ? at.logprobs[i] - at.ref_logprobs[i] : C(0);
+    if (counted) kl_block(&kl, 1, shaping.kind, &kl);
+    C r = counted && at.logprobs != nullptr ? -shaping.kl_coef * kl : C(0);
+    if (counted && at.token_rewards != nullptr) r += at.token_rewards[i];
+    if (shaping.scored && counted && (shaping.paid < 0 ? last : i == paid)) r += shaping.score;
+    if (at.kl != nullptr) at.kl[i] = kl;
+    if (at.rewards != nullptr) at.rewards[i] = r;
+    if (at.values == nullptr) continue;
+    const C v = counted ? at.values[i] : C(0);
+    if (counted || (carry.met && !shaping.cut_out)) {
+      const C delta = r + (recurrence.gamma * next_value - v);
+      advantage = delta + recurrence.decay * advantage;
+      next_value = v;
     }
-    for (std::int64_t i = 0; i < end; ++i) tile.returns[i] = tile.advantages[i] + tile.values[i];
-    carry.next_value = tile.values[0];
-  } else {
-    for (std::int64_t i = end - 1; i >= 0; --i) {
-      tile.advantages[i] = tile.returns[i] = C(0);
-      if (!tile.counted[i] && cut_out) continue;
-      const C delta = tile.rewards[i] + (gamma * carry.next_value - tile.values[i]);
-      advantage = delta + decay * advantage;
-      carry.next_value = tile.values[i];
-      if (!tile.counted[i]) continue;
-      tile.advantages[i] = advantage;
-      tile.returns[i] = advantage + tile.values[i];
+    at.advantages[i] = counted ? advantage : C(0);
+    at.returns[i] = counted ? advantage + v : C(0);
+    if (last) carry.pivot = static_cast<double>(advantage);
+    if (counted && shaping.moments) {
+      const double x = static_cast<double>(advantage) - carry.pivot;
+      carry.count += 1.0;
+      carry.total += x;
+      carry.squares += x * x;
     }
   }
-  carry.advantage = advantage;
+  carry.advantage = typename Lanes<C>::Vec{} + advantage;
+  carry.next_value = typename Lanes<C>::Vec{} + next_value;
 }
 
 template <class C>
-inline void add_moments(const Tile<C>& tile, std::int64_t width, Carry<C>& carry) {
-  for (std::int64_t i = 0; i < width; i += kSums) {
-    for (int k = 0; k < kSums; ++k) {
-      const double x = tile.counted[i + k] ? static_cast<double>(tile.advantages[i + k]) - carry.pivot : 0.0;
-      carry.sums[k] += x;
-      carry.squares[k] += x * x;
+inline void zero_block(const TilePointers<C>& at, std::int64_t n) {
+  for (C* out : {at.rewards, at.kl, at.advantages, at.returns}) {
+    if (out != nullptr) std::memset(out, 0, n * sizeof(C));
+  }
+}
+
+// The slots [start, start + n) of a sequence.
+template <bool kUsual, class C>
+inline void one_tile(const TilePointers<C>& tile, const Shaping<C>& shaping, const Recurrence<C>& recurrence,
+                     std::int64_t start, std::int64_t n, Carry<C>& carry) {
+  constexpr std::int64_t kWidth = Lanes<C>::kWidth;
+  const std::int64_t paid = shaping.scored && shaping.paid >= 0 ? shaping.paid - start : -1;
+  for (std::int64_t first = (n - 1) / kWidth * kWidth; first >= 0; first -= kWidth) {
+    const std::int64_t size = n - first < kWidth ? n - first : kWidth;
+    if (size == kWidth && carry.met) {
+      first = full_blocks<kUsual>(tile, first, shaping, recurrence, paid, carry);
+      if (first < 0) break;
+    }
+    if ((shaping.cut_out || !carry.met) && nothing_counts(tile.mask + first, size)) {
+      zero_block(tile.from(first), size);  // padding: nothing of the inputs is read
+    } else {
+      mixed_block(tile.from(first), shaping, recurrence, paid - first, size, carry);
     }
   }
 }
 
+// `rows` from slot `at` as numbers of the arithmetic: where they lie, or converted into `buffer`.
 template <class C>
-inline Moments moments_of(const Carry<C>& carry) {
-  if (carry.count == 0.0) return {0.0, 0.0, 0.0};
-  double sum = 0.0;
-  double squares = 0.0;
-  for (int k = 0; k < kSums; ++k) {
-    sum += carry.sums[k];
-    squares += carry.squares[k];
+inline const C* as_compute(const TokenRows& rows, std::int64_t at, std::int64_t n, C* buffer) {
+  if (rows.data == nullptr) return nullptr;
+  if (rows.dtype == (sizeof(C) == sizeof(float) ? DType::kFloat32 : DType::kFloat64)) {
+    return static_cast<const C*>(rows.data) + at;
   }
-  const double about_mean = squares - sum * (sum / carry.count);
-  return {carry.count, carry.pivot + sum / carry.count, about_mean < 0.0 ? 0.0 : about_mean};
-}
-
-template <class C>
-inline void copy_out(void* out, std::int64_t at, const C* from, std::int64_t n) {
-  if (out != nullptr) std::memcpy(static_cast<C*>(out) + at, from, n * sizeof(C));
+  load_block(rows, at, n, buffer);
+  return buffer;
 }
 
 template <class C>
@@ -220,72 +403,40 @@ void one_sequence(const ExperienceIn& in, const ExperienceOut& out, std::int64_t
   const auto own = [&](const void* numbers, double common) {
     return numbers == nullptr ? static_cast<C>(common) : static_cast<const C*>(numbers)[sequence];
   };
-  const std::uint8_t* mask = static_cast<const std::uint8_t*>(in.mask.data) + start_of(in.mask);
   const C gamma = own(in.gamma, in.all_gamma);
-  const C decay = gamma * own(in.lam, in.all_lam);
-  const C clip = static_cast<C>(in.clip_score);
-  const C kl_coef = static_cast<C>(in.kl_coef);
-  const C score = held(own(in.scores, 0.0), clip);
-
-  Tile<C> tile;
+  const Recurrence<C> recurrence(gamma, gamma * own(in.lam, in.all_lam));
+  const Shaping<C> shaping{static_cast<C>(in.kl_coef),
+                           held(own(in.scores, 0.0), static_cast<C>(in.clip_score)),
+                           in.score_index == nullptr ? -1 : in.score_index[sequence],
+                           in.kind,
+                           in.scores != nullptr && (in.score_index == nullptr || in.score_index[sequence] >= 0),
+                           in.carry,
+                           out.moments != nullptr};
   Carry<C> carry;
-  carry.next_value = own(in.bootstrap, 0.0);
+  carry.next_value = typename Lanes<C>::Vec{} + own(in.bootstrap, 0.0);
+  const bool usual = in.kind == KlKind::kK1 && in.logprobs.data != nullptr && in.token_rewards.data == nullptr &&
+                     out.rewards != nullptr && in.values.data != nullptr && shaping.moments;
+  C buffers[4][kTile];
+  const auto output = [&](void* data, std::int64_t at) { return data == nullptr ? nullptr : static_cast<C*>(data) + at; };
   for (std::int64_t start = (size - 1) / kTile * kTile; start >= 0 && size > 0; start -= kTile) {
     const std::int64_t n = size - start < kTile ? size - start : kTile;
-    const std::int64_t width = (n + 15) / 16 * 16;
-    for (std::int64_t i = 0; i < n; ++i) tile.counted[i] = mask[start + i] != 0;
-    for (std::int64_t i = n; i < width; ++i) tile.counted[i] = 0;
-    std::int64_t counted = 0;
-    for (std::int64_t i = 0; i < width; ++i) counted += tile.counted[i];
-    std::int64_t end = n;
-    if (!carry.met) {
-      while (end > 0 && !tile.counted[end - 1]) --end;
+    const std::int64_t at = first + start;
+    const TilePointers<C> tile{static_cast<const std::uint8_t*>(in.mask.data) + start_of(in.mask) + start,
+                               as_compute(in.logprobs, start_of(in.logprobs) + start, n, buffers[0]),
+                               as_compute(in.ref_logprobs, start_of(in.ref_logprobs) + start, n, buffers[1]),
+                               as_compute(in.token_rewards, start_of(in.token_rewards) + start, n, buffers[2]),
+                               as_compute(in.values, start_of(in.values) + start, n, buffers[3]),
+                               output(out.rewards, at),
+                               output(out.kl, at),
+                               output(out.advantages, at),
+                               output(out.returns, at)};
+    if (usual) {
+      one_tile<true>(tile, shaping, recurrence, start, n, carry);
+    } else {
+      one_tile<false>(tile, shaping, recurrence, start, n, carry);
     }
-    const bool ends_here = !carry.met && end > 0;
-    carry.met = carry.met || ends_here;
-    if (counted == 0 && (in.carry || !carry.met)) {  // padding: nothing of the inputs is read
-      for (void* filled : {out.rewards, out.kl, out.advantages, out.returns}) {
-        if (filled != nullptr) std::memset(static_cast<C*>(filled) + first + start, 0, n * sizeof(C));
-      }
-      continue;
-    }
-
-    std::memset(tile.rewards, 0, width * sizeof(C));
-    if (in.logprobs.data != nullptr) {
-      load_block(in.logprobs, start_of(in.logprobs) + start, n, width, tile.scratch);
-      load_block(in.ref_logprobs, start_of(in.ref_logprobs) + start, n, width, tile.rewards);
-      for (std::int64_t i = 0; i < width; ++i) {
-        tile.scratch[i] = tile.counted[i] ? tile.scratch[i] - tile.rewards[i] : C(0);
-      }
-      kl_block(tile.scratch, width, in.kind, tile.kl);
-      for (std::int64_t i = 0; i < width; ++i) tile.rewards[i] = tile.counted[i] ? -kl_coef * tile.kl[i] : C(0);
-      copy_out(out.kl, first + start, tile.kl, n);
-    }
-    if (in.token_rewards.data != nullptr) {
-      load_block(in.token_rewards, start_of(in.token_rewards) + start, n, width, tile.scratch);
-      for (std::int64_t i = 0; i < width; ++i) tile.rewards[i] += tile.counted[i] ? tile.scratch[i] : C(0);
-    }
-    if (in.scores != nullptr) {
-      const std::int64_t paid = in.score_index != nullptr ? in.score_index[sequence] - start : ends_here ? end - 1 : -1;
-      if (paid >= 0 && paid < n && tile.counted[paid]) tile.rewards[paid] += score;
-    }
-    copy_out(out.rewards, first + start, tile.rewards, n);
-
-    if (in.values.data == nullptr) continue;
-    load_block(in.values, start_of(in.values) + start, n, width, tile.values);
-    for (std::int64_t i = 0; i < width; ++i) tile.values[i] = tile.counted[i] ? tile.values[i] : C(0);
-    const std::int64_t scanned = carry.met ? end : 0;
-    std::memset(tile.advantages + scanned, 0, (width - scanned) * sizeof(C));
-    std::memset(tile.returns + scanned, 0, (width - scanned) * sizeof(C));
-    scan_tile(tile, scanned, counted == scanned, in.carry, gamma, decay, carry);
-    copy_out(out.advantages, first + start, tile.advantages, n);
-    copy_out(out.returns, first + start, tile.returns, n);
-    if (out.moments == nullptr) continue;
-    if (ends_here) carry.pivot = tile.advantages[end - 1];
-    carry.count += static_cast<double>(counted);
-    add_moments(tile, width, carry);
   }
-  if (out.moments != nullptr) out.moments[sequence] = moments_of(carry);
+  if (out.moments != nullptr) out.moments[sequence] = carry.moments();
 }
 
 template <class C>
@@ -322,12 +473,25 @@ void some_gradients(const GaeGradient& in, std::int64_t begin, std::int64_t end)
   }
 }
 
+// The mean comes as a number of C and what rounding took from it.
 template <class C>
 void whiten_some(void* x, const std::uint8_t* mask, double mean, double scale, std::int64_t begin, std::int64_t end) {
+  using V = typename Lanes<C>::Vec;
+  constexpr std::int64_t kWidth = Lanes<C>::kWidth;
+  const C near = static_cast<C>(mean);
+  const C rest = static_cast<C>(mean - static_cast<double>(near));
+  const C factor = static_cast<C>(scale);
   C* y = static_cast<C*>(x);
-  for (std::int64_t i = begin; i < end; ++i) {
-    y[i] = mask[i] ? static_cast<C>((static_cast<double>(y[i]) - mean) * scale) : C(0);
+  std::int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) {
+    if (whole_block_counts<C>(mask + i)) {
+      const V whitened = ((load(y + i) - near) - rest) * factor;
+      store(y + i, whitened);
+    } else {
+      for (std::int64_t k = i; k < i + kWidth; ++k) y[k] = mask[k] ? ((y[k] - near) - rest) * factor : C(0);
+    }
   }
+  for (; i < end; ++i) y[i] = mask[i] ? ((y[i] - near) - rest) * factor : C(0);
 }
 
 // The estimate, or the gradient where there is one to pass on: a clamp passes it at its bounds and stops it beyond.
@@ -338,14 +502,14 @@ void some_estimates(const KlIn& in, std::int64_t begin, std::int64_t end) {
   const C output_clamp = static_cast<C>(in.output_clamp);
   for (std::int64_t start = begin; start < end; start += kTile) {
     const std::int64_t n = end - start < kTile ? end - start : kTile;
-    load_block(in.logprobs, start, n, n, raw);
-    load_block(in.ref_logprobs, start, n, n, other);
+    load_block(in.logprobs, start, n, raw);
+    load_block(in.ref_logprobs, start, n, other);
     for (std::int64_t i = 0; i < n; ++i) raw[i] -= other[i];
     for (std::int64_t i = 0; i < n; ++i) d[i] = held(raw[i], input_clamp);
     kl_block(d, n, in.kind, kl);
     if (in.grad == nullptr) {
       for (std::int64_t i = 0; i < n; ++i) kl[i] = held(kl[i], output_clamp);
-      copy_out(in.out, start, kl, n);
+      std::memcpy(static_cast<C*>(in.out) + start, kl, n * sizeof(C));
       continue;
     }
     const C* grad = static_cast<const C*>(in.grad) + start;

@@ -17,6 +17,8 @@ from ppo_fast.kernels.sequences import sequence_bounds
 from ppo_fast.kernels.surrogate import COEFFICIENTS, expm1_less_x, held_log_ratio
 from torch import Tensor
 
+# More warps than a token kernel of its own: on gfx942 the masks of four elements a thread spilled scalar registers.
+SCAN_OPTIONS: dict[str, int | bool] = {**TOKEN_OPTIONS, "num_warps": 8}
 KINDS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
@@ -141,7 +143,8 @@ def experience_kernel(
             d = tl.load(logprobs + t, mask=inside, other=0.0).to(tl.float32)
             d -= tl.load(ref_logprobs + t, mask=inside, other=0.0).to(tl.float32)
             kl = kl_of_kind(tl.where(counted, d, 0.0), KIND)
-            tl.store(kl_ptr + first + t, kl, mask=inside)
+            if kl_ptr is not None:
+                tl.store(kl_ptr + first + t, kl, mask=inside)
             r = tl.where(counted, -tl.load(coefficients_ptr) * kl, 0.0)
         if token_rewards_ptr is not None:
             dense = row_start(token_rewards_ptr, sequence, first, token_rewards_stride, cu_seqlens_ptr)
@@ -260,22 +263,21 @@ def _assert_layout(x: ExperienceInputs, sequences: int) -> None:
 
 def experience_forward(
     x: ExperienceInputs, *, kind: str, mask_rule: str, moments: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return rewards, kl, advantages, returns, shaped as the mask, and partial moments [4, B], all float32; one launch.
+) -> tuple[Tensor, Tensor | None]:
+    """Return the token tensors as [k, *shape of the mask] and partial moments [4, B], float32; one launch.
 
-    Without log-probabilities kl is None, and without scores too rewards are; without values the last three are None.
+    The token tensors are rewards if there are scores, kl if there are values too, and with values advantages, returns.
     """
     sequences = x.mask.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    tokens = x.mask.shape[-1]
     _assert_layout(x, sequences)
-    out = [torch.empty(x.mask.shape, dtype=torch.float32, device=x.mask.device) for _ in range(4)]
-    shaped = x.logprobs is not None or x.scores is not None
-    rewards = out[0] if shaped else None
-    kl = out[1] if x.logprobs is not None else None
-    advantages, returns = (out[2], out[3]) if x.values is not None else (None, None)
+    shaped, scanned = x.scores is not None, x.values is not None
+    wanted = (shaped, shaped and scanned, scanned, scanned)
+    out = torch.empty((sum(wanted), *x.mask.shape), dtype=torch.float32, device=x.mask.device)
+    tokens = iter(out)
+    rewards, kl, advantages, returns = (next(tokens) if want else None for want in wanted)
     partials = torch.empty((PARTIALS, sequences), dtype=torch.float32, device=x.mask.device)
     if x.mask.numel() == 0:
-        return rewards, kl, advantages, returns, partials.zero_() if moments else None
+        return out, partials.zero_() if moments else None
     with on_device_of(x.mask):
         experience_kernel[(sequences,)](
             logprobs_ptr=x.logprobs,
@@ -296,7 +298,7 @@ def experience_forward(
             returns_ptr=returns,
             partials_ptr=partials if moments else None,
             sequences=sequences,
-            tokens=tokens,
+            tokens=x.mask.shape[-1],
             logprobs_stride=_row_stride(x.logprobs),
             ref_logprobs_stride=_row_stride(x.ref_logprobs),
             token_rewards_stride=_row_stride(x.token_rewards),
@@ -304,9 +306,9 @@ def experience_forward(
             mask_stride=_row_stride(x.mask),
             KIND=KINDS[kind],
             CARRY=mask_rule == "carry",
-            **TOKEN_OPTIONS,
+            **SCAN_OPTIONS,
         )
-    return rewards, kl, advantages, returns, partials if moments else None
+    return out, partials if moments else None
 
 
 def group_parts(partials: Tensor, most: int) -> Tensor:

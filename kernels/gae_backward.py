@@ -7,8 +7,8 @@ is the slot that took A_t into its own advantage; V_t entered as -V_t in its own
 import torch
 import triton
 import triton.language as tl
-from ppo_fast.kernels.experience import after, own_or_common
-from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
+from ppo_fast.kernels.experience import SCAN_OPTIONS, after, own_or_common
+from ppo_fast.kernels.launch import on_device_of
 from ppo_fast.kernels.sequences import sequence_bounds
 from torch import Tensor
 
@@ -116,6 +116,6 @@ def gae_backward(
             grad_bootstrap_ptr=grad_bootstrap,
             tokens=mask.shape[-1],
             CARRY=mask_rule == "carry",
-            **TOKEN_OPTIONS,
+            **SCAN_OPTIONS,
         )
     return grad_rewards, grad_values, grad_bootstrap

@@ -51,7 +51,7 @@ def expm1_less_x(x):
     series = 1.0 + x / 9 * (1.0 + x / 10 * (1.0 + x / 11))
     series = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8 * series))
     series = 0.5 * x * x * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * series)))
-    return tl.where((x < 0.5) & (x > -0.5), series, tl.exp(x) - 1.0 - x)
+    return tl.where((x < 1.0) & (x > -1.0), series, tl.exp(x) - 1.0 - x)
 
 
 @triton.jit

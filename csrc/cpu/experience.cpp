@@ -5,17 +5,25 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "cpu/halves.h"
 #include "cpu/threads.h"
 
-// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
-#define PPO_FAST_ISA portable
-#include "sequence.h"
-#undef PPO_FAST_ISA
-
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define PPO_FAST_X86 1
+#include <immintrin.h>
+#endif
+
+// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
+#define PPO_FAST_ISA portable
+#define PPO_FAST_BYTES 16
+#include "cpu/lanes.h"
+#include "sequence.h"
+#undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
+
+#ifdef PPO_FAST_X86
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -24,8 +32,11 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define PPO_FAST_ISA avx2
+#define PPO_FAST_BYTES 32
+#include "cpu/lanes.h"
 #include "sequence.h"
 #undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -39,8 +50,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 #define PPO_FAST_ISA avx512
+#define PPO_FAST_BYTES 64
+#include "cpu/lanes.h"
 #include "sequence.h"
 #undef PPO_FAST_ISA
+#undef PPO_FAST_BYTES
 #ifdef __clang__
 #pragma clang attribute pop
 #else

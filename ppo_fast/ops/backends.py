@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ CPU_DTYPES = {
     torch.bfloat16: 2,
     torch.float16: 3,
 }  # codes of csrc/cpu/logits.h
+LARGE_BYTES = 4 * 2**20
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Settled once, at import: `unavailable` is traced into compiled graphs, and Triton reads its variable once too.
@@ -50,3 +52,11 @@ def _triton_unavailable(tensor: Tensor) -> str | None:
     if tensor.dtype not in TRITON_DTYPES:
         return f"it has no kernel for {tensor.dtype}"
     return None
+
+
+def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor on the CPU, on huge pages where it is large: faults of 4 KB would outlast its kernel."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= LARGE_BYTES:
+        build.extension().advise_huge_pages(address=tensor.data_ptr(), bytes=tensor.nbytes)
+    return tensor

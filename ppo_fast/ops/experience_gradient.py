@@ -122,14 +122,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.set_materialize_grads(False)
 
 
-def backward(
-    ctx: Any,
-    grad_rewards: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_advantages: Tensor | None,
-    grad_returns: Tensor | None,
-    _grad_parts: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad_tokens: Tensor | None, _grad_parts: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the operator's inputs, in their order."""
     (
         mask,
@@ -145,25 +138,28 @@ def backward(
         gamma,
         lam,
     ) = ctx.saved_tensors
+    if grad_tokens is None:
+        return (None,) * 16
     counted = mask != 0
-    grad_logprobs = grad_token_rewards = grad_values = grad_scores = grad_bootstrap = None
-    down = None if grad_rewards is None else torch.where(counted, grad_rewards, 0.0)
-    given = [x for x in (grad_advantages, grad_returns) if x is not None]
-    if given:
-        pair = [torch.zeros_like(given[0]) if x is None else x for x in (grad_advantages, grad_returns)]
+    grad_logprobs, grad_token_rewards, grad_values, grad_scores, grad_bootstrap = (None,) * 5
+    down = grad_tokens.new_zeros(())  # what comes down on the rewards
+    if scores is not None:
+        down = torch.where(counted, grad_tokens[0], 0.0)
+    if values is not None:
         scanned, of_values, of_bootstrap = gae_backward(
-            *pair, mask, coefficients, ctx.mask_rule, ctx.impl, cu_seqlens, gamma, lam
+            *grad_tokens[-2:], mask, coefficients, ctx.mask_rule, ctx.impl, cu_seqlens, gamma, lam
         )
-        down = scanned if down is None else down + scanned
+        down = down + scanned
         grad_values = of_values.to(values.dtype)
         grad_bootstrap = None if bootstrap is None else of_bootstrap.to(bootstrap.dtype)
-    if down is not None and token_rewards is not None:
+    if token_rewards is not None:
         grad_token_rewards = down.to(token_rewards.dtype)
-    if down is not None and scores is not None:
+    if scores is not None:
         grad_scores = _score_gradient(down, mask, scores, score_index, coefficients[1], cu_seqlens)
-    if logprobs is not None and not (down is None and grad_kl is None):
-        of_kl = 0.0 if down is None else -coefficients[0].to(down.dtype) * down
-        of_kl = of_kl if grad_kl is None else of_kl + torch.where(counted, grad_kl, 0.0)
+    if logprobs is not None:
+        of_kl = -coefficients[0].to(down.dtype) * down
+        if values is not None:
+            of_kl = of_kl + torch.where(counted, grad_tokens[1], 0.0)
         kept = [torch.where(counted, x, 0.0) for x in (logprobs, ref_logprobs)]
         no_clamps = torch.full_like(coefficients, math.inf)
         grad_logprobs = sampled_kl_backward(of_kl, *kept, no_clamps, ctx.kind, ctx.impl)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppo_fast import build
 from ppo_fast.ops import experience_gradient
 from ppo_fast.ops import moments as masked_moments
+from ppo_fast.ops.backends import large_empty
 from ppo_fast.ops.fused_estimate import (
     COMPUTE,
     KINDS,
@@ -24,6 +25,7 @@ from ppo_fast.records import Experience
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+OUTPUTS = ("rewards", "kl", "advantages", "returns")
 CONSTANTS = ("gamma", "lam", "ref_logprobs")
 MOMENTS = {"cpu": 3, "triton": 4}  # numbers of a part: in rows of float64, or in planes of float32
 
@@ -45,7 +47,7 @@ def shaped_gae(
     learns = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (logprobs, scores, values, *options.values())
     )
-    rewards, kl, advantages, returns, parts = _run(
+    (rewards, kl, advantages, returns), parts = _run(
         impl,
         mask,
         moments=whiten and not learns,
@@ -70,12 +72,12 @@ def kl_shaped_rewards(
     logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, *, impl: str, **options: Any
 ) -> Tensor:
     """Run `ppo_fast.kl_shaped_rewards` on `impl`."""
-    return _run(impl, mask, logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, **options)[0]
+    return _run(impl, mask, logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, **options)[0][0]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, impl: str, **options: Any) -> tuple[Tensor, Tensor]:
     """Run `ppo_fast.gae` on `impl`: what is paid for a token comes in as its dense reward."""
-    _, _, advantages, returns, _ = _run(impl, mask, token_rewards=rewards, values=values, **options)
+    (advantages, returns), _ = _run(impl, mask, token_rewards=rewards, values=values, **options)
     return advantages, returns
 
 
@@ -92,15 +94,15 @@ def _run(
     mask_rule: str = "carry",
     cu_seqlens: Tensor | None = None,
     **tensors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the operator with what is given; outputs that nobody asked for have no elements."""
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Run the operator with what is given: its token tensors one by one, and the moments."""
     numbers = (
         kl_coef,
         math.inf if clip_score is None else clip_score,
         *(1.0 if isinstance(x, Tensor) else x for x in (gamma, lam)),
     )
     own = {name: x for name, x in (("gamma", gamma), ("lam", lam)) if isinstance(x, Tensor)}
-    return experience(
+    tokens, parts = experience(
         mask,
         packed(numbers, mask.device, impl),
         cu_seqlens=cu_seqlens,
@@ -114,12 +116,13 @@ def _run(
             if x is not None
         },
     )
+    return tokens.unbind(), parts
 
 
-def _wanted(logprobs: Tensor | None, scores: Tensor | None, values: Tensor | None) -> tuple[bool, ...]:
+def _wanted(scores: Tensor | None, values: Tensor | None) -> tuple[bool, ...]:
     """Which of rewards, kl, advantages and returns these inputs give."""
-    scanned = values is not None
-    return logprobs is not None or scores is not None, logprobs is not None, scanned, scanned
+    shaped, scanned = scores is not None, values is not None
+    return shaped, shaped and scanned, scanned, scanned
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -147,8 +150,11 @@ def experience(
     bootstrap: Tensor | None = None,
     gamma: Tensor | None = None,
     lam: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(rewards, kl, advantages, returns, moments of each sequence); without their inputs they have no elements."""
+) -> tuple[Tensor, Tensor]:
+    """Rewards, kl, advantages and returns, those of them that are wanted, in one tensor; moments of each sequence.
+
+    One tensor, since the allocator of the CPU gives one large block back to the next call, but not four smaller ones.
+    """
     dtype = widest(logprobs, ref_logprobs, token_rewards, values, scores, bootstrap)
     token_tensors = {
         "logprobs": logprobs,
@@ -173,8 +179,8 @@ def experience(
         **tokens,
         **per_row,
     )
-    out = kernels.experience_forward(inputs, kind=kind, mask_rule=mask_rule, moments=moments)
-    return tuple(coefficients.new_empty(0) if x is None else x for x in out)  # type: ignore[return-value]
+    out, parts = kernels.experience_forward(inputs, kind=kind, mask_rule=mask_rule, moments=moments)
+    return out, coefficients.new_empty(0) if parts is None else parts
 
 
 @experience.register_fake
@@ -195,13 +201,12 @@ def _(
     bootstrap: Tensor | None = None,
     gamma: Tensor | None = None,
     lam: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     dtype = widest(logprobs, ref_logprobs, token_rewards, values, scores, bootstrap)
     sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     parts = (sequences, MOMENTS[impl]) if impl == "cpu" else (MOMENTS[impl], sequences)
-    wanted = _wanted(logprobs, scores, values)
-    tokens = [mask.new_empty(mask.shape if want else (0,), dtype=dtype) for want in wanted]
-    return (*tokens, coefficients.new_empty(parts if moments else (0,)))  # type: ignore[return-value]
+    tokens = mask.new_empty((sum(_wanted(scores, values)), *mask.shape), dtype=dtype)
+    return tokens, coefficients.new_empty(parts if moments else (0,))
 
 
 def _cpu_experience(
@@ -214,7 +219,7 @@ def _cpu_experience(
     kind: str,
     mask_rule: str,
     moments: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     sequences = mask.shape[0] if starts is None else len(starts) - 1
     counted = as_bytes(mask)
@@ -235,19 +240,18 @@ def _cpu_experience(
         kind=KINDS.index(kind),
         carry=mask_rule == "carry",
     )
-    wanted = _wanted(tokens["logprobs"], per_row["scores"], tokens["values"])
-    rewards, kl, advantages, returns = (
-        torch.empty(mask.shape if want else (0,), dtype=dtype) for want in wanted
-    )
+    wanted = _wanted(per_row["scores"], tokens["values"])
+    out = large_empty((sum(wanted), *mask.shape), dtype)
+    addresses = iter([x.data_ptr() for x in out])
     parts = torch.empty((sequences, MOMENTS["cpu"]) if moments else (0,), dtype=torch.float64)
-    outputs = {"rewards": rewards, "kl": kl, "advantages": advantages, "returns": returns, "moments": parts}
     native.experience_forward(
         inputs,
-        **{name: x.data_ptr() for name, x in outputs.items()},
+        **{name: next(addresses) if want else 0 for name, want in zip(OUTPUTS, wanted, strict=True)},
+        moments=parts.data_ptr(),
         threads=torch.get_num_threads(),
         isa=build.selected_isa(),
     )
-    return rewards, kl, advantages, returns, parts
+    return out, parts
 
 
 @torch.library.custom_op("ppo_fast::whiten_by_parts", mutates_args=("x",))

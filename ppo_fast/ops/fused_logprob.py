@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import build
-from ppo_fast.ops.backends import CPU_DTYPES, unavailable
+from ppo_fast.ops.backends import CPU_DTYPES, large_empty, unavailable
 from ppo_fast.ops.row_grid import RowGrid, row_grid
 
 
@@ -187,7 +187,7 @@ def _cpu_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    grad_logits = torch.empty(rows.logits.shape, dtype=rows.logits.dtype)
+    grad_logits = large_empty(rows.logits.shape, rows.logits.dtype)
     build.extension().logprob_backward(
         _native_grid(rows, labels, temperature),
         stats=stats.contiguous().data_ptr(),
