@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <new>
 #include <string>
 
 #include "cpu/experience.h"
 #include "cpu/logits.h"
 #include "cpu/memory.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 using namespace ppo_fast;
@@ -166,14 +168,17 @@ ExperienceIn checked_experience(std::int64_t sequences, std::int64_t tokens, std
 }
 
 void experience(const ExperienceIn& in, std::uintptr_t rewards, std::uintptr_t kl, std::uintptr_t advantages,
-                std::uintptr_t returns, std::uintptr_t moments, int threads, const std::string& isa) {
+                std::uintptr_t returns, std::uintptr_t moments, int whiten, int threads, const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
-  require(in.values.data == nullptr || in.sequences * in.tokens == 0 || (advantages != 0 && returns != 0),
+  require(whiten >= 0 && whiten <= 2, "whiten is code " + std::to_string(whiten) + ", expected 0 to 2");
+  const bool empty = in.sequences * in.tokens == 0;
+  require(whiten == 0 || empty || in.values.data != nullptr, "whiten needs values");
+  require(in.values.data == nullptr || empty || (advantages != 0 && returns != 0),
           "advantages or returns is a null address");
   const ExperienceOut out{pointer<void>(rewards), pointer<void>(kl), pointer<void>(advantages), pointer<void>(returns),
                           pointer<Moments>(moments)};
   py::gil_scoped_release release;
-  experience_forward(in, out, on);
+  experience_forward(in, out, static_cast<Whiten>(whiten), on);
 }
 
 void gae_gradient(std::int64_t sequences, std::int64_t tokens, std::uintptr_t cu_seqlens, int compute,
@@ -244,6 +249,33 @@ void merge(std::uintptr_t parts, std::int64_t count, std::uintptr_t whole) {
   *pointer<Moments>(whole) = merge_parts(pointer<const Moments>(parts), count);
 }
 
+struct OwnedBlock {
+  DLManagedTensor managed;
+  std::int64_t bytes;
+};
+
+void drop_block(DLManagedTensor* managed) {
+  auto* block = static_cast<OwnedBlock*>(managed->manager);
+  return_block(managed->tensor.data, static_cast<std::size_t>(block->bytes));
+  delete block;
+}
+
+// A consumer renames the capsule that it takes over; one that nobody took still owns its block.
+void drop_capsule(PyObject* capsule) {
+  if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+  managed->deleter(managed);
+}
+
+py::capsule large_block(std::int64_t bytes) {
+  require(bytes >= 1, "bytes is " + std::to_string(bytes) + ", expected 1 or more");
+  void* data = take_block(static_cast<std::size_t>(bytes));
+  if (data == nullptr) throw std::bad_alloc();
+  auto* block = new OwnedBlock{{}, bytes};
+  block->managed = {{data, {1, 0}, 1, {1, 8, 1}, &block->bytes, nullptr, 0}, block, &drop_block};
+  return py::capsule(&block->managed, "dltensor", &drop_capsule);
+}
+
 py::list compiled_isas() {
   py::list names;
 #if defined(__x86_64__)
@@ -287,7 +319,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("gamma"), py::arg("lam"), py::arg("kl_coef"), py::arg("clip_score"), py::arg("all_gamma"),
            py::arg("all_lam"), py::arg("kind"), py::arg("carry"));
   m.def("experience_forward", &experience, py::arg("inputs"), py::kw_only(), py::arg("rewards"), py::arg("kl"),
-        py::arg("advantages"), py::arg("returns"), py::arg("moments"), py::arg("threads"), py::arg("isa"));
+        py::arg("advantages"), py::arg("returns"), py::arg("moments"), py::arg("whiten"), py::arg("threads"),
+        py::arg("isa"));
   m.def("gae_backward", &gae_gradient, py::kw_only(), py::arg("sequences"), py::arg("tokens"), py::arg("cu_seqlens"),
         py::arg("compute"), py::arg("mask"), py::arg("grad_advantages"), py::arg("grad_returns"),
         py::arg("grad_rewards"), py::arg("grad_values"), py::arg("grad_bootstrap"), py::arg("gamma"), py::arg("lam"),
@@ -298,13 +331,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("whiten_by_parts", &whiten, py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("size"), py::arg("compute"),
         py::arg("parts"), py::arg("count"), py::arg("unbiased"), py::arg("threads"), py::arg("isa"));
   m.def("merge_parts", &merge, py::kw_only(), py::arg("parts"), py::arg("count"), py::arg("whole"));
-  m.def(
-      "advise_huge_pages",
-      [](std::uintptr_t address, std::int64_t bytes) {
-        require(bytes >= 0, "bytes is " + std::to_string(bytes) + ", expected 0 or more");
-        advise_huge_pages(pointer<void>(address), bytes);
-      },
-      py::kw_only(), py::arg("address"), py::arg("bytes"));
+  m.def("large_block", &large_block, py::arg("bytes"), "Uninitialised bytes as a DLPack capsule.");
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");

@@ -188,45 +188,12 @@ struct TilePointers {
   }
 };
 
-// Sums of x and x^2 in double, lane by lane, in whole registers: a float's block is two of them.
-using Doubles = Lanes<double>::Vec;
 template <class C>
-struct Sums;
-
-template <>
-struct Sums<double> {
-  Doubles x{}, xx{};
-  void add(Doubles v, double pivot) {
-    const Doubles d = v - pivot;
-    x += d;
-    xx += d * d;
-  }
-  double total() const {
-    double sum = 0.0;
-    for (int lane = 0; lane < Lanes<double>::kWidth; ++lane) sum += x[lane];
-    return sum;
-  }
-  double squares() const {
-    double sum = 0.0;
-    for (int lane = 0; lane < Lanes<double>::kWidth; ++lane) sum += xx[lane];
-    return sum;
-  }
-};
-
-template <>
-struct Sums<float> {
-  Sums<double> low, high;
-  template <int... I>
-  void add_halves(Lanes<float>::Vec v, double pivot, std::integer_sequence<int, I...>) {
-    low.add(__builtin_convertvector(__builtin_shufflevector(v, v, I...), Doubles), pivot);
-    high.add(__builtin_convertvector(__builtin_shufflevector(v, v, (I + Lanes<double>::kWidth)...), Doubles), pivot);
-  }
-  void add(Lanes<float>::Vec v, double pivot) {
-    add_halves(v, pivot, std::make_integer_sequence<int, Lanes<double>::kWidth>{});
-  }
-  double total() const { return low.total() + high.total(); }
-  double squares() const { return low.squares() + high.squares(); }
-};
+inline double sum_of(typename Lanes<C>::Vec x) {
+  double sum = 0.0;
+  for (int lane = 0; lane < Lanes<C>::kWidth; ++lane) sum += static_cast<double>(x[lane]);
+  return sum;
+}
 
 // What a sequence hands on from a block to the one before it.
 template <class C>
@@ -238,15 +205,13 @@ struct Carry {
   V next_value{};     // as the slot at the block's right end sees it, in every lane
   double pivot = 0.0;  // the first advantage met: moments are taken about it
   double count = 0.0;
-  Sums<C> sums;        // of full blocks
-  double total = 0.0;  // of single slots
+  double total = 0.0;
   double squares = 0.0;
 
   Moments moments() const {
     if (count == 0.0) return {0.0, 0.0, 0.0};
-    const double sum = total + sums.total();
-    const double about_mean = squares + sums.squares() - sum * (sum / count);
-    return {count, pivot + sum / count, about_mean < 0.0 ? 0.0 : about_mean};
+    const double about_mean = squares - total * (total / count);
+    return {count, pivot + total / count, about_mean < 0.0 ? 0.0 : about_mean};
   }
 };
 
@@ -275,7 +240,7 @@ inline bool nothing_counts(const std::uint8_t* mask, std::int64_t n) {
 }
 
 // Blocks from `first` downwards while every slot of them counts; returns the first slot of the block that it stopped at.
-// The sequence's last slot lies to the right of them. `paid` is the slot of the tile that is paid, if it lies here.
+// `paid` is the slot of the tile that is paid, if it lies here; the sequence's last slot may lie in the first of them.
 // `kUsual`: k1, no dense rewards, everything wanted; the compiler then leaves the branches out.
 template <bool kUsual, class C>
 inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first, const Shaping<C>& shaping,
@@ -286,6 +251,8 @@ inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first,
   const TilePointers<C> in = tile;        // copies, which stay in registers: the stores below could alias the originals
   const Recurrence<C> chain = recurrence;
   Carry<C> own = carry;
+  C pivot = static_cast<C>(own.pivot);
+  V sum{}, squares{};
   std::int64_t at = first;
   for (; at >= 0 && whole_block_counts<C>(in.mask + at); at -= kWidth) {
     V r{};
@@ -301,19 +268,32 @@ inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first,
       r = -shaping.kl_coef * kl;
     }
     if (!kUsual && in.token_rewards != nullptr) r += load(in.token_rewards + at);
+    if (!own.met && shaping.scored && shaping.paid < 0) paid = at + kWidth - 1;
     if (paid >= at && paid < at + kWidth) r[paid - at] += shaping.score;
     if (kUsual || in.rewards != nullptr) store(in.rewards + at, r);
-    if (!kUsual && in.values == nullptr) continue;
+    if (!kUsual && in.values == nullptr) {
+      own.met = true;
+      continue;
+    }
     const V v = load(in.values + at);
     const V delta = r + (chain.gamma * shifted<1, C>(v, own.next_value) - v);
     const V advantage = chain.scan(delta, own.advantage);
     store(in.advantages + at, advantage);
     store(in.returns + at, advantage + v);
+    if (!own.met) pivot = advantage[kWidth - 1];
+    own.met = true;
     own.advantage = first_lane(advantage, lanes);
     own.next_value = first_lane(v, lanes);
-    if (kUsual || shaping.moments) own.sums.add(advantage, own.pivot);
+    if (kUsual || shaping.moments) {
+      const V x = advantage - pivot;
+      sum += x;
+      squares += x * x;
+    }
   }
-  if (shaping.moments) own.count += static_cast<double>(first - at);
+  own.pivot = static_cast<double>(pivot);
+  own.count += static_cast<double>(first - at);
+  own.total += sum_of<C>(sum);  // lanes hold at most a tile's: in the arithmetic's dtype these few sums lose nothing
+  own.squares += sum_of<C>(squares);
   carry = own;
   return at;
 }
@@ -356,11 +336,23 @@ inline void mixed_block(const TilePointers<C>& at, const Shaping<C>& shaping, co
   carry.next_value = typename Lanes<C>::Vec{} + next_value;
 }
 
+inline int size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 template <class C>
-inline void zero_block(const TilePointers<C>& at, std::int64_t n) {
+inline void zero_slots(const TilePointers<C>& at, std::int64_t n) {
   for (C* out : {at.rewards, at.kl, at.advantages, at.returns}) {
     if (out != nullptr) std::memset(out, 0, n * sizeof(C));
   }
+}
+
+// One past the last of n slots that counts, 0 for none.
+inline std::int64_t end_of_counted(const std::uint8_t* mask, std::int64_t n) {
+  for (std::uint64_t eight; n >= 8; n -= 8) {
+    std::memcpy(&eight, mask + n - 8, 8);
+    if (eight != 0) break;
+  }
+  while (n > 0 && mask[n - 1] == 0) --n;
+  return n;
 }
 
 // The slots [start, start + n) of a sequence.
@@ -371,12 +363,12 @@ inline void one_tile(const TilePointers<C>& tile, const Shaping<C>& shaping, con
   const std::int64_t paid = shaping.scored && shaping.paid >= 0 ? shaping.paid - start : -1;
   for (std::int64_t first = (n - 1) / kWidth * kWidth; first >= 0; first -= kWidth) {
     const std::int64_t size = n - first < kWidth ? n - first : kWidth;
-    if (size == kWidth && carry.met) {
+    if (size == kWidth) {
       first = full_blocks<kUsual>(tile, first, shaping, recurrence, paid, carry);
       if (first < 0) break;
     }
-    if ((shaping.cut_out || !carry.met) && nothing_counts(tile.mask + first, size)) {
-      zero_block(tile.from(first), size);  // padding: nothing of the inputs is read
+    if (shaping.cut_out && nothing_counts(tile.mask + first, size)) {
+      zero_slots(tile.from(first), size);  // a hole: nothing of the inputs is read
     } else {
       mixed_block(tile.from(first), shaping, recurrence, paid - first, size, carry);
     }
@@ -394,12 +386,32 @@ inline const C* as_compute(const TokenRows& rows, std::int64_t at, std::int64_t 
   return buffer;
 }
 
+struct Span {
+  std::int64_t first;
+  std::int64_t size;
+};
+
+// The slots of a sequence in a contiguous output.
+inline Span span_of(const std::int64_t* cu_seqlens, std::int64_t tokens, std::int64_t sequence) {
+  if (cu_seqlens == nullptr) return {sequence * tokens, tokens};
+  return {cu_seqlens[sequence], cu_seqlens[sequence + 1] - cu_seqlens[sequence]};
+}
+
+constexpr std::int64_t kStep = 16;   // slots of padding taken at a time: a cache line of float
+constexpr std::int64_t kAhead = 512;  // slots of padding next to the tokens where inputs are asked for
+
+inline void prefetch(const TokenRows& rows, std::int64_t at) {
+  if (rows.data != nullptr) __builtin_prefetch(static_cast<const char*>(rows.data) + at * size_of(rows.dtype));
+}
+
+// Padding is taken from its end as the tokens are, and asks for the inputs before them: else every sequence would begin
+// where no hardware prefetcher is, which costs more than its tokens do.
 template <class C>
 void one_sequence(const ExperienceIn& in, const ExperienceOut& out, std::int64_t sequence) {
-  const bool packed = in.cu_seqlens != nullptr;
-  const std::int64_t first = packed ? in.cu_seqlens[sequence] : sequence * in.tokens;
-  const std::int64_t size = packed ? in.cu_seqlens[sequence + 1] - first : in.tokens;
-  const auto start_of = [&](const TokenRows& rows) { return packed ? first : sequence * rows.row_stride; };
+  const auto [first, size] = span_of(in.cu_seqlens, in.tokens, sequence);
+  const auto start_of = [&in, sequence, packed_first = first](const TokenRows& rows) {
+    return in.cu_seqlens == nullptr ? sequence * rows.row_stride : packed_first;
+  };
   const auto own = [&](const void* numbers, double common) {
     return numbers == nullptr ? static_cast<C>(common) : static_cast<const C*>(numbers)[sequence];
   };
@@ -417,19 +429,30 @@ void one_sequence(const ExperienceIn& in, const ExperienceOut& out, std::int64_t
   const bool usual = in.kind == KlKind::kK1 && in.logprobs.data != nullptr && in.token_rewards.data == nullptr &&
                      out.rewards != nullptr && in.values.data != nullptr && shaping.moments;
   C buffers[4][kTile];
+  const auto* mask = static_cast<const std::uint8_t*>(in.mask.data) + start_of(in.mask);
   const auto output = [&](void* data, std::int64_t at) { return data == nullptr ? nullptr : static_cast<C*>(data) + at; };
-  for (std::int64_t start = (size - 1) / kTile * kTile; start >= 0 && size > 0; start -= kTile) {
-    const std::int64_t n = size - start < kTile ? size - start : kTile;
-    const std::int64_t at = first + start;
-    const TilePointers<C> tile{static_cast<const std::uint8_t*>(in.mask.data) + start_of(in.mask) + start,
-                               as_compute(in.logprobs, start_of(in.logprobs) + start, n, buffers[0]),
-                               as_compute(in.ref_logprobs, start_of(in.ref_logprobs) + start, n, buffers[1]),
-                               as_compute(in.token_rewards, start_of(in.token_rewards) + start, n, buffers[2]),
-                               as_compute(in.values, start_of(in.values) + start, n, buffers[3]),
-                               output(out.rewards, at),
-                               output(out.kl, at),
-                               output(out.advantages, at),
-                               output(out.returns, at)};
+  const auto outputs = [&, first_slot = first](std::int64_t start) {
+    const std::int64_t at = first_slot + start;
+    return TilePointers<C>{mask + start, nullptr, nullptr, nullptr, nullptr, output(out.rewards, at), output(out.kl, at),
+                           output(out.advantages, at), output(out.returns, at)};
+  };
+  const std::int64_t counted_end = end_of_counted(mask, size);
+  std::int64_t padding = size;
+  for (; padding - kStep >= counted_end; padding -= kStep) {
+    zero_slots(outputs(padding - kStep), kStep);
+    if (padding - counted_end > kAhead) continue;
+    for (const TokenRows* rows : {&in.logprobs, &in.ref_logprobs, &in.token_rewards, &in.values}) {
+      prefetch(*rows, start_of(*rows) + padding - kStep);
+    }
+  }
+  zero_slots(outputs(counted_end), padding - counted_end);
+  for (std::int64_t start = (counted_end - 1) / kTile * kTile; start >= 0 && counted_end > 0; start -= kTile) {
+    const std::int64_t n = counted_end - start < kTile ? counted_end - start : kTile;
+    TilePointers<C> tile = outputs(start);
+    tile.logprobs = as_compute(in.logprobs, start_of(in.logprobs) + start, n, buffers[0]);
+    tile.ref_logprobs = as_compute(in.ref_logprobs, start_of(in.ref_logprobs) + start, n, buffers[1]);
+    tile.token_rewards = as_compute(in.token_rewards, start_of(in.token_rewards) + start, n, buffers[2]);
+    tile.values = as_compute(in.values, start_of(in.values) + start, n, buffers[3]);
     if (usual) {
       one_tile<true>(tile, shaping, recurrence, start, n, carry);
     } else {
@@ -439,9 +462,10 @@ void one_sequence(const ExperienceIn& in, const ExperienceOut& out, std::int64_t
   if (out.moments != nullptr) out.moments[sequence] = carry.moments();
 }
 
+// From the last one to the first, as each of them: the memory is then walked through in one direction.
 template <class C>
 void some_sequences(const ExperienceIn& in, const ExperienceOut& out, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t s = begin; s < end; ++s) one_sequence<C>(in, out, s);
+  for (std::int64_t s = end - 1; s >= begin; --s) one_sequence<C>(in, out, s);
 }
 
 // The recurrence run the other way: G_t = g_t + gamma lam G_before, with g_t what comes down on A_t, is the gradient of the
@@ -449,9 +473,7 @@ void some_sequences(const ExperienceIn& in, const ExperienceOut& out, std::int64
 template <class C>
 void some_gradients(const GaeGradient& in, std::int64_t begin, std::int64_t end) {
   for (std::int64_t sequence = begin; sequence < end; ++sequence) {
-    const bool packed = in.cu_seqlens != nullptr;
-    const std::int64_t first = packed ? in.cu_seqlens[sequence] : sequence * in.tokens;
-    const std::int64_t stop = packed ? in.cu_seqlens[sequence + 1] : first + in.tokens;
+    const auto [first, size] = span_of(in.cu_seqlens, in.tokens, sequence);
     const auto own = [&](const void* numbers, double common) {
       return numbers == nullptr ? static_cast<C>(common) : static_cast<const C*>(numbers)[sequence];
     };
@@ -459,7 +481,7 @@ void some_gradients(const GaeGradient& in, std::int64_t begin, std::int64_t end)
     const C decay = gamma * own(in.lam, in.all_lam);
     C before = C(0);
     C of_last = C(0);
-    for (std::int64_t t = first; t < stop; ++t) {
+    for (std::int64_t t = first; t < first + size; ++t) {
       const bool counted = in.mask[t] != 0;
       const C of_return = counted ? static_cast<const C*>(in.grad_returns)[t] : C(0);
       const C g = counted ? static_cast<const C*>(in.grad_advantages)[t] + of_return : C(0);
@@ -473,25 +495,36 @@ void some_gradients(const GaeGradient& in, std::int64_t begin, std::int64_t end)
   }
 }
 
-// The mean comes as a number of C and what rounding took from it.
+// x is 0 where the mask is, and stays so. The mean is taken as a number of C and what rounding took from it.
 template <class C>
-void whiten_some(void* x, const std::uint8_t* mask, double mean, double scale, std::int64_t begin, std::int64_t end) {
+void whiten_some(void* x, const std::uint8_t* mask, Affine to_white, std::int64_t begin, std::int64_t end) {
   using V = typename Lanes<C>::Vec;
   constexpr std::int64_t kWidth = Lanes<C>::kWidth;
-  const C near = static_cast<C>(mean);
-  const C rest = static_cast<C>(mean - static_cast<double>(near));
-  const C factor = static_cast<C>(scale);
+  const C near = static_cast<C>(to_white.mean);
+  const C rest = static_cast<C>(to_white.mean - static_cast<double>(near));
+  const C factor = static_cast<C>(to_white.scale);
   C* y = static_cast<C*>(x);
   std::int64_t i = begin;
   for (; i + kWidth <= end; i += kWidth) {
     if (whole_block_counts<C>(mask + i)) {
       const V whitened = ((load(y + i) - near) - rest) * factor;
       store(y + i, whitened);
-    } else {
+    } else if (!nothing_counts(mask + i, kWidth)) {
       for (std::int64_t k = i; k < i + kWidth; ++k) y[k] = mask[k] ? ((y[k] - near) - rest) * factor : C(0);
     }
   }
   for (; i < end; ++i) y[i] = mask[i] ? ((y[i] - near) - rest) * factor : C(0);
+}
+
+template <class C>
+void whiten_sequences(const ExperienceIn& in, const ExperienceOut& out, Affine to_white, std::int64_t begin,
+                      std::int64_t end) {
+  const auto* mask = static_cast<const std::uint8_t*>(in.mask.data);
+  for (std::int64_t s = begin; s < end; ++s) {
+    const auto [first, size] = span_of(in.cu_seqlens, in.tokens, s);
+    const std::int64_t of_mask = in.cu_seqlens == nullptr ? s * in.mask.row_stride : first;
+    whiten_some<C>(static_cast<C*>(out.advantages) + first, mask + of_mask, to_white, 0, size);
+  }
 }
 
 // The estimate, or the gradient where there is one to pass on: a clamp passes it at its bounds and stops it beyond.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <utility>
+#include <vector>
 
 #include "cpu/halves.h"
 #include "cpu/threads.h"
@@ -72,7 +73,8 @@ struct SequenceOps {
   void (*sequences[2])(const ExperienceIn&, const ExperienceOut&, std::int64_t, std::int64_t);  // float, double
   void (*gradients[2])(const GaeGradient&, std::int64_t, std::int64_t);
   void (*estimates[2])(const KlIn&, std::int64_t, std::int64_t);
-  void (*whiten[2])(void*, const std::uint8_t*, double, double, std::int64_t, std::int64_t);
+  void (*whiten[2])(void*, const std::uint8_t*, Affine, std::int64_t, std::int64_t);
+  void (*whiten_sequences[2])(const ExperienceIn&, const ExperienceOut&, Affine, std::int64_t, std::int64_t);
 };
 
 #define PPO_FAST_SEQUENCE_OPS(isa)                                    \
@@ -80,7 +82,8 @@ struct SequenceOps {
     {isa::some_sequences<float>, isa::some_sequences<double>},        \
         {isa::some_gradients<float>, isa::some_gradients<double>},    \
         {isa::some_estimates<float>, isa::some_estimates<double>},    \
-        {isa::whiten_some<float>, isa::whiten_some<double>}           \
+        {isa::whiten_some<float>, isa::whiten_some<double>},          \
+        {isa::whiten_sequences<float>, isa::whiten_sequences<double>} \
   }
 
 const SequenceOps& ops_of(Isa isa) {
@@ -99,14 +102,12 @@ const SequenceOps& ops_of(Isa isa) {
 
 int of_compute(DType compute) { return compute == DType::kFloat64 ? 1 : 0; }
 
-}  // namespace
-
-void experience_forward(const ExperienceIn& in, const ExperienceOut& out, RunOn on) {
-  const auto some = ops_of(on.isa).sequences[of_compute(in.compute)];
-  const std::int64_t all = in.cu_seqlens != nullptr ? in.tokens : in.sequences * in.tokens;
-  parallel_rows(in.sequences, all / std::max<std::int64_t>(1, in.sequences), on.threads,
-                [&](std::int64_t begin, std::int64_t end) { some(in, out, begin, end); });
+Affine whitening(const Moments& whole, bool unbiased) {
+  const double freedom = std::max(1.0, whole.count - (unbiased ? 1.0 : 0.0));
+  return {whole.mean, 1.0 / std::sqrt(whole.squares / freedom + kWhitenEps)};
 }
+
+}  // namespace
 
 void gae_backward(const GaeGradient& in, RunOn on) {
   const auto some = ops_of(on.isa).gradients[of_compute(in.compute)];
@@ -135,14 +136,33 @@ Moments merge_parts(const Moments* parts, std::int64_t count) {
   return whole;
 }
 
+void experience_forward(const ExperienceIn& in, const ExperienceOut& out, Whiten whiten, RunOn on) {
+  const SequenceOps& ops = ops_of(on.isa);
+  const int compute = of_compute(in.compute);
+  const std::int64_t all = in.cu_seqlens != nullptr ? in.tokens : in.sequences * in.tokens;
+  const std::int64_t each = all / std::max<std::int64_t>(1, in.sequences);
+  if (whiten == Whiten::kNo) {
+    parallel_rows(in.sequences, each, on.threads,
+                  [&](std::int64_t begin, std::int64_t end) { ops.sequences[compute](in, out, begin, end); });
+    return;
+  }
+  std::vector<Moments> parts(in.sequences);
+  ExperienceOut with_moments = out;
+  with_moments.moments = parts.data();
+  Affine to_white{};
+  parallel_sweeps(
+      in.sequences, each, on.threads,
+      [&](std::int64_t begin, std::int64_t end) { ops.sequences[compute](in, with_moments, begin, end); },
+      [&] { to_white = whitening(merge_parts(parts.data(), in.sequences), whiten == Whiten::kUnbiased); },
+      [&](std::int64_t begin, std::int64_t end) { ops.whiten_sequences[compute](in, out, to_white, begin, end); });
+}
+
 void whiten_by_parts(void* x, const std::uint8_t* mask, std::int64_t size, DType compute, const Moments* parts,
                      std::int64_t count, bool unbiased, RunOn on) {
-  const Moments whole = merge_parts(parts, count);
-  const double freedom = std::max(1.0, whole.count - (unbiased ? 1.0 : 0.0));
-  const double scale = 1.0 / std::sqrt(whole.squares / freedom + kWhitenEps);
+  const Affine to_white = whitening(merge_parts(parts, count), unbiased);
   const auto some = ops_of(on.isa).whiten[of_compute(compute)];
   parallel_rows(size, 1, on.threads,
-                [&](std::int64_t begin, std::int64_t end) { some(x, mask, whole.mean, scale, begin, end); });
+                [&](std::int64_t begin, std::int64_t end) { some(x, mask, to_white, begin, end); });
 }
 
 }  // namespace ppo_fast

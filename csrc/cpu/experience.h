@@ -47,6 +47,14 @@ struct Moments {
   double squares;
 };
 
+enum class Whiten : int { kNo = 0, kBiased = 1, kUnbiased = 2 };
+
+// x -> (x - mean) * scale.
+struct Affine {
+  double mean;
+  double scale;
+};
+
 // Shaped as the mask, contiguous, in the dtype of the arithmetic; null: not wanted.
 struct ExperienceOut {
   void* rewards;
@@ -94,9 +102,10 @@ void gae_backward(const GaeGradient& in, RunOn on);
 
 void kl_estimate(const KlIn& in, RunOn on);
 
-void experience_forward(const ExperienceIn& in, const ExperienceOut& out, RunOn on);
+// With `whiten` the advantages are whitened by the moments of all of them, and out.moments is not written.
+void experience_forward(const ExperienceIn& in, const ExperienceOut& out, Whiten whiten, RunOn on);
 
-// x <- (x - mean) / sqrt(var + 1e-8) where the mask counts, else 0, by the moments of all parts; x float or double.
+// x <- (x - mean) / sqrt(var + 1e-8) where the mask counts, by the moments of all parts; x float or double, 0 elsewhere.
 void whiten_by_parts(void* x, const std::uint8_t* mask, std::int64_t size, DType compute, const Moments* parts,
                      std::int64_t count, bool unbiased, RunOn on);
 

@@ -1,6 +1,7 @@
 """Which fast implementation can run a call on a tensor, and if not, why not."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 
@@ -55,8 +56,12 @@ def _triton_unavailable(tensor: Tensor) -> str | None:
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an empty tensor on the CPU, on huge pages where it is large: faults of 4 KB would outlast its kernel."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.nbytes >= LARGE_BYTES:
-        build.extension().advise_huge_pages(address=tensor.data_ptr(), bytes=tensor.nbytes)
-    return tensor
+    """Return an uninitialised tensor on the CPU, for the result of a native op.
+
+    Fresh pages cost several times what the kernel that fills them does: where it is large, it lies on huge pages, and
+    the block of the last such result that was let go, up to 256 MiB, is kept for the next one.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_dlpack(build.extension().large_block(size)).view(dtype).view(*shape)

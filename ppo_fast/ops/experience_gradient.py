@@ -117,7 +117,7 @@ def _score_gradient(
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the inputs of the operator."""
-    mask, coefficients, ctx.kind, ctx.mask_rule, _moments, ctx.impl, *tensors = inputs
+    mask, coefficients, ctx.kind, ctx.mask_rule, _whitening, ctx.impl, *tensors = inputs
     ctx.save_for_backward(mask, coefficients, *tensors)
     ctx.set_materialize_grads(False)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("rewards", "kl", "advantages", "returns")
 CONSTANTS = ("gamma", "lam", "ref_logprobs")
+WHITEN = {"biased": 1, "unbiased": 2}  # codes of csrc/cpu/experience.h
 MOMENTS = {"cpu": 3, "triton": 4}  # numbers of a part: in rows of float64, or in planes of float32
 
 
@@ -47,24 +48,25 @@ def shaped_gae(
     learns = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (logprobs, scores, values, *options.values())
     )
+    if learns and whiten and group is not None:
+        raise ValueError("shaped_gae: whitening over `group` has no gradient; detach the inputs")
+    whitening = "none"
+    if whiten and not learns:
+        whitening = "parts" if group is not None else "unbiased" if unbiased else "biased"
     (rewards, kl, advantages, returns), parts = _run(
         impl,
         mask,
-        moments=whiten and not learns,
+        whitening=whitening,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         scores=scores,
         values=values,
         **options,
     )
-    if learns and whiten and group is not None:
-        raise ValueError("shaped_gae: whitening over `group` has no gradient; detach the inputs")
     if whiten and group is not None:
-        parts = _pooled(parts, group, impl)
-    if whiten and learns:
+        whiten_by_parts(advantages, mask, _pooled(parts, group, impl), unbiased, impl)
+    elif whiten and learns:
         advantages = masked_moments.masked_whiten(advantages, mask, unbiased=unbiased)
-    elif whiten:
-        whiten_by_parts(advantages, mask, parts, unbiased, impl)
     return Experience(rewards, advantages, returns, kl)
 
 
@@ -85,7 +87,7 @@ def _run(
     impl: str,
     mask: Tensor,
     *,
-    moments: bool = False,
+    whitening: str = "none",
     kl_coef: float = 0.0,
     clip_score: float | None = None,
     gamma: float | Tensor = 1.0,
@@ -108,7 +110,7 @@ def _run(
         cu_seqlens=cu_seqlens,
         kind=kind,
         mask_rule=mask_rule,
-        moments=moments,
+        whitening=whitening,
         impl=impl,
         **{
             name: x.detach() if name in CONSTANTS else x
@@ -138,7 +140,7 @@ def experience(
     coefficients: Tensor,
     kind: str,
     mask_rule: str,
-    moments: bool,
+    whitening: str,
     impl: str,
     cu_seqlens: Tensor | None = None,
     logprobs: Tensor | None = None,
@@ -152,6 +154,9 @@ def experience(
     lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rewards, kl, advantages and returns, those of them that are wanted, in one tensor; moments of each sequence.
+
+    `whitening` of the advantages: none, by their biased or unbiased variance, or parts: left as they are, and their
+    moments returned, to be pooled with those of other ranks.
 
     One tensor, since the allocator of the CPU gives one large block back to the next call, but not four smaller ones.
     """
@@ -168,7 +173,7 @@ def experience(
     per_row["score_index"] = None if score_index is None else score_index.contiguous()
     if impl == "cpu":
         return _cpu_experience(
-            _rows(mask), tokens, per_row, coefficients, cu_seqlens, dtype, kind, mask_rule, moments
+            _rows(mask), tokens, per_row, coefficients, cu_seqlens, dtype, kind, mask_rule, whitening
         )
     from ppo_fast.kernels import experience as kernels
 
@@ -179,8 +184,14 @@ def experience(
         **tokens,
         **per_row,
     )
-    out, parts = kernels.experience_forward(inputs, kind=kind, mask_rule=mask_rule, moments=moments)
-    return out, coefficients.new_empty(0) if parts is None else parts
+    out, parts = kernels.experience_forward(
+        inputs, kind=kind, mask_rule=mask_rule, moments=whitening != "none"
+    )
+    if whitening == "parts":
+        return out, parts
+    if whitening != "none":
+        kernels.whiten_by_parts(out[-2], mask.contiguous(), parts, unbiased=whitening == "unbiased")
+    return out, coefficients.new_empty(0)
 
 
 @experience.register_fake
@@ -189,7 +200,7 @@ def _(
     coefficients: Tensor,
     kind: str,
     mask_rule: str,
-    moments: bool,
+    whitening: str,
     impl: str,
     cu_seqlens: Tensor | None = None,
     logprobs: Tensor | None = None,
@@ -206,7 +217,7 @@ def _(
     sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     parts = (sequences, MOMENTS[impl]) if impl == "cpu" else (MOMENTS[impl], sequences)
     tokens = mask.new_empty((sum(_wanted(scores, values)), *mask.shape), dtype=dtype)
-    return tokens, coefficients.new_empty(parts if moments else (0,))
+    return tokens, coefficients.new_empty(parts if whitening == "parts" else (0,))
 
 
 def _cpu_experience(
@@ -218,7 +229,7 @@ def _cpu_experience(
     dtype: torch.dtype,
     kind: str,
     mask_rule: str,
-    moments: bool,
+    whitening: str,
 ) -> tuple[Tensor, Tensor]:
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     sequences = mask.shape[0] if starts is None else len(starts) - 1
@@ -243,11 +254,12 @@ def _cpu_experience(
     wanted = _wanted(per_row["scores"], tokens["values"])
     out = large_empty((sum(wanted), *mask.shape), dtype)
     addresses = iter([x.data_ptr() for x in out])
-    parts = torch.empty((sequences, MOMENTS["cpu"]) if moments else (0,), dtype=torch.float64)
+    parts = torch.empty((sequences, MOMENTS["cpu"]) if whitening == "parts" else (0,), dtype=torch.float64)
     native.experience_forward(
         inputs,
         **{name: next(addresses) if want else 0 for name, want in zip(OUTPUTS, wanted, strict=True)},
         moments=parts.data_ptr(),
+        whiten=WHITEN.get(whitening, 0),
         threads=torch.get_num_threads(),
         isa=build.selected_isa(),
     )
