@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help train quickstart test lint bench gpu resources clean
+.PHONY: help train quickstart test lint bench peers gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,8 @@ lint: $(VENV)/.test ## style, imports, types
 bench: $(VENV)/.test ## every benchmark on this machine, with results in RESULTS (bench/results)
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
+
+peers: $(VENV)/.peers ## verl, OpenRLHF and torchrl, which `make bench` then measures too
 
 # No virtual environment: a GPU machine brings its torch, and nothing is downloaded.
 gpu: ## install into PYTHON, test and benchmark on this NVIDIA GPU, offline, in 9 minutes; one JSON in RESULTS
@@ -80,4 +82,10 @@ $(VENV)/.demo: $(VENV)/.train
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[train,demo,triton,test,lint]'
+	touch $@
+
+# Alone: what they depend on is another transformers, Ray, DeepSpeed and more; the timed functions import only these few.
+$(VENV)/.peers: $(VENV)/.test
+	$(PIP) --no-deps verl==0.9.1 openrlhf==0.11.2 torchrl==0.10.1 \
+	  tensordict==0.10.0 omegaconf==2.4.0 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
 	touch $@

@@ -42,3 +42,7 @@ LOGITS = GPU_CASES if DEVICE == "cuda" else CPU_CASES
 
 # Tokens: a micro-batch, and one that fills a GPU.
 TOKENS = [SMOKE, Case(64, 1024, torch.float32), Case(1024, 1024, torch.float32)]
+
+# The experience stage, whose loops over tokens grow with the columns: short, long and very long responses, and one row.
+SHAPES = [(1024, 1024), (512, 8192), (128, 32768), (1, 131072)] + ([(1024, 8192)] if DEVICE == "cuda" else [])
+EXPERIENCE = [SMOKE, *(Case(rows, columns, torch.float32) for rows, columns in SHAPES)]

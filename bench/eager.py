@@ -2,8 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CLIP = 0.2
+KL_COEF, SCORE_CLIP = 0.1, 5.0
+GAMMA, LAM = 1.0, 0.95
+CHUNK = 128
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -43,3 +47,49 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def shaped_rewards(
+    logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The source's: every row is paid its clipped score in a loop. Also the KL estimate."""
+    kl = logprobs - ref_logprobs
+    rewards = -KL_COEF * kl
+    clipped = scores.clamp(-SCORE_CLIP, SCORE_CLIP)
+    for row, length in enumerate(mask.sum(1)):
+        rewards[row, length - 1] += clipped[row]
+    return rewards, kl
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The source's: a loop over rows writes zeros past their ends, in its arguments, then one over tokens."""
+    for row, length in enumerate(mask.sum(1)):
+        rewards[row, length:] = 0
+        values[row, length:] = 0
+    columns = rewards.shape[1]
+    running = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(columns)):
+        following = values[:, t + 1] if t + 1 < columns else 0.0
+        running = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * running
+        advantages.append(running)
+    stacked = torch.stack(advantages[::-1], dim=1)
+    return stacked, stacked + values
+
+
+def chunked_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As slime does: inside a chunk a product with the powers of gamma lam, from chunk to chunk a loop."""
+    decay, columns = GAMMA * LAM, rewards.shape[1]
+    rewards, values = rewards * mask, values * mask
+    delta = rewards + GAMMA * functional.pad(values[:, 1:], (0, 1)) - values
+    chunks = functional.pad(delta, (0, -columns % CHUNK)).unflatten(1, (-1, CHUNK))
+    position = torch.arange(CHUNK, dtype=delta.dtype, device=delta.device)
+    powers = (decay ** (position.unsqueeze(1) - position)).tril()  # row s, column t: what delta_s adds to A_t
+    advantages = chunks @ powers
+    arriving = decay ** (CHUNK - position)  # of the A that follows the chunk
+    running = torch.zeros_like(values[:, 0])
+    for chunk in reversed(advantages.unbind(1)):
+        chunk += running.unsqueeze(1) * arriving
+        running = chunk[:, 0]
+    advantages = advantages.flatten(1)[:, :columns]
+    return advantages, advantages + values

@@ -16,13 +16,16 @@ PEERS = {
     "liger": ("liger_kernel", "liger-kernel"),
     "trl": ("trl", "trl"),
     "flash": ("flash_attn", "flash-attn"),
+    "verl": ("verl", "verl"),
+    "openrlhf": ("openrlhf", "openrlhf"),
+    "torchrl": ("torchrl", "torchrl"),
 }
 
 Run = Callable[[], None]
 
 
 def peers() -> dict[str, str]:
-    """The peers that are installed here, with their versions; their kernels need a GPU."""
+    """The peers that are installed here, with their versions; kernels need a GPU, what is eager does not."""
     found = {name: names for name, names in PEERS.items() if importlib.util.find_spec(names[0]) is not None}
     return {name: version(package) for name, (_, package) in found.items()}
 
@@ -79,6 +82,34 @@ def copy_bandwidth(device: str = DEVICE) -> float:
     copy_(target, source)
     seconds = best_of(lambda: copy_(target, source), times=20)
     return three_digits(2 * size / seconds / 1e9)
+
+
+class Copies:
+    """Plain copies of `moved` bytes, half of them read and half written, timed in turn with what they are compared to.
+
+    `copy` writes over a buffer that stands; `clone` allocates what it writes, as an op its results.
+    """
+
+    def __init__(self, moved: int) -> None:
+        self.source = torch.ones(moved // 2, dtype=torch.int8, device=DEVICE)
+        self.target = torch.ones_like(self.source)
+        self.copy_seconds = self.clone_seconds = float("inf")
+
+    def copy(self) -> None:
+        self.target.copy_(self.source)
+
+    def clone(self) -> None:
+        self.source.clone()
+
+    def take(self) -> None:
+        self.copy_seconds = min(self.copy_seconds, best_of(self.copy, times=1))
+        self.clone_seconds = min(self.clone_seconds, best_of(self.clone, times=1))
+
+    def facts(self, seconds: float) -> dict[str, float]:
+        return {
+            "times_copy": three_digits(seconds / self.copy_seconds),
+            "times_clone": three_digits(seconds / self.clone_seconds),
+        }
 
 
 def three_digits(x: float) -> float:
