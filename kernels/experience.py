@@ -121,7 +121,8 @@ def experience_kernel(
     lam = own_or_common(lam_ptr, sequence, coefficients_ptr + 3)
     bootstrap = own_or_common(bootstrap_ptr, sequence, coefficients_ptr + 4)
 
-    last = tl.full((), -1, tl.int64)  # the last counted slot, once it has been met
+    size = size.to(tl.int32)  # a slot within its sequence; where the sequence lies is int64
+    last = tl.full((), -1, tl.int32)  # the last counted slot, once it has been met
     carried = bootstrap  # the value of the nearest counted slot to the right of the tile
     advantage = tl.full((), 0.0, tl.float32)  # of the slot to the right of the tile
     n = tl.zeros((1,), tl.float32)
@@ -131,7 +132,7 @@ def experience_kernel(
     tiles = tl.cdiv(size, BLOCK)
     for done in range(0, tiles):
         start = (tiles - 1 - done) * BLOCK
-        t = start + tl.arange(0, BLOCK).to(tl.int64)
+        t = start + tl.arange(0, BLOCK)
         inside = t < size
         counted = tl.load(mask_row + t, mask=inside, other=0) != 0
         last = tl.where(last < 0, tl.max(tl.where(counted, t, -1), axis=0), last)

@@ -42,6 +42,7 @@ def gae_backward_kernel(
     """Write the gradients of one sequence's rewards, values and bootstrap value."""
     sequence = tl.program_id(0).to(tl.int64)
     first, size = sequence_bounds(sequence, tokens, cu_seqlens_ptr)
+    size = size.to(tl.int32)  # a slot within its sequence; where the sequence lies is int64
     gamma = own_or_common(gamma_ptr, sequence, coefficients_ptr + 2)
     both = gamma * own_or_common(lam_ptr, sequence, coefficients_ptr + 3)
     grad_advantages = grad_advantages_ptr + first
@@ -51,8 +52,8 @@ def gae_backward_kernel(
     carried = tl.full((), 0.0, tl.float32)  # G of the slot before the tile, decayed where a hole is a step
     of_last = tl.full((), 0.0, tl.float32)  # G of the last counted slot so far
     for tile in range(0, tl.cdiv(size, BLOCK)):
-        start = tl.full((), BLOCK, tl.int64) * tile
-        t = start + tl.arange(0, BLOCK).to(tl.int64)
+        start = tile * BLOCK
+        t = start + tl.arange(0, BLOCK)
         # Slot t needs what the slots before it hand on: the scan runs over the slots t - 1.
         met, step, _ = counted_gradients(grad_advantages, grad_returns, mask, t - 1, size)
         in_tile = t > start
