@@ -55,6 +55,12 @@ def _triton_unavailable(tensor: Tensor) -> str | None:
     return None
 
 
+def comparable(mask: Tensor) -> Tensor:
+    """Return `mask` as kernels can compare it with 0: the interpreter has no bfloat16 for it, few GPUs float8."""
+    narrow = mask.is_floating_point() and mask.element_size() < 4
+    return mask != 0 if narrow else mask
+
+
 def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return an uninitialised tensor on the CPU, for the result of a native op.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast import build
+from ppo_fast.ops.backends import comparable
 from ppo_fast.ops.fused_estimate import COMPUTE, address, as_bytes, per_sequence, sampled_kl_backward
 
 
@@ -31,7 +32,14 @@ def gae_backward(
 
         starts = None if cu_seqlens is None else cu_seqlens.contiguous()
         return kernels.gae_backward(
-            grad_advantages, grad_returns, mask, gamma, lam, coefficients, starts, mask_rule=mask_rule
+            grad_advantages,
+            grad_returns,
+            comparable(mask),
+            gamma,
+            lam,
+            coefficients,
+            starts,
+            mask_rule=mask_rule,
         )
     starts = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     sequences = mask.shape[0] if starts is None else len(starts) - 1

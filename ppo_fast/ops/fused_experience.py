@@ -9,7 +9,7 @@ from torch import Tensor
 from ppo_fast import build
 from ppo_fast.ops import experience_gradient
 from ppo_fast.ops import moments as masked_moments
-from ppo_fast.ops.backends import large_empty
+from ppo_fast.ops.backends import comparable, large_empty
 from ppo_fast.ops.fused_estimate import (
     COMPUTE,
     KINDS,
@@ -177,6 +177,7 @@ def experience(
         )
     from ppo_fast.kernels import experience as kernels
 
+    mask = comparable(mask)
     inputs = kernels.ExperienceInputs(
         mask=_rows(mask),
         coefficients=coefficients,
@@ -285,7 +286,7 @@ def whiten_by_parts(x: Tensor, mask: Tensor, parts: Tensor, unbiased: bool, impl
         return
     from ppo_fast.kernels import experience as kernels
 
-    kernels.whiten_by_parts(x, mask.contiguous(), parts, unbiased=unbiased)
+    kernels.whiten_by_parts(x, comparable(mask).contiguous(), parts, unbiased=unbiased)
 
 
 @torch.library.custom_op("ppo_fast::merge_parts", mutates_args=())

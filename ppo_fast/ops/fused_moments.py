@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.backends import comparable
+
 
 def masked_mean(x: Tensor, mask: Tensor, axis: int | None) -> Tensor:
     """sum(x m) / sum(m); the gradient is g m / n. Arguments and result are those of `ppo_fast.masked_mean`."""
@@ -51,12 +53,6 @@ def _columns(tensor: Tensor, axis: int | None) -> Tensor:
     return tensor.reshape(outer, shape[axis], inner).contiguous()
 
 
-def _mask_columns(mask: Tensor, axis: int | None) -> Tensor:
-    """`_columns` of a mask the kernels can compare with 0: the interpreter has no bfloat16 for it, few GPUs float8."""
-    narrow = mask.is_floating_point() and mask.element_size() < 4
-    return _columns(mask != 0 if narrow else mask, axis)
-
-
 @torch.library.custom_op("ppo_fast::masked_moment", mutates_args=())
 def masked_moment(
     x: Tensor, mask: Tensor, axis: int | None, unbiased: bool, order: int
@@ -65,7 +61,7 @@ def masked_moment(
     from ppo_fast.kernels import moments
 
     result, stats = moments.moments_forward(
-        _columns(x, axis), _mask_columns(mask, axis), unbiased=unbiased, order=order
+        _columns(x, axis), _columns(comparable(mask), axis), unbiased=unbiased, order=order
     )
     return result.view(_reduced_shape(x, axis)), stats
 
@@ -86,7 +82,7 @@ def masked_moment_backward(
     grad_x = moments.moment_backward(
         grad.float().contiguous().view(-1),
         _columns(x, axis),
-        _mask_columns(mask, axis),
+        _columns(comparable(mask), axis),
         stats.contiguous(),
         unbiased=unbiased,
         order=order,
@@ -107,7 +103,7 @@ def masked_normalize(x: Tensor, mask: Tensor, unbiased: bool, keep_mean: bool) -
     from ppo_fast.kernels import moments
 
     out, stats = moments.normalize_forward(
-        _columns(x, None), _mask_columns(mask, None), unbiased=unbiased, keep_mean=keep_mean
+        _columns(x, None), _columns(comparable(mask), None), unbiased=unbiased, keep_mean=keep_mean
     )
     return out.view(x.shape), stats
 
@@ -127,7 +123,7 @@ def masked_normalize_backward(
     grad_x = moments.normalize_backward(
         _columns(grad.float(), None),
         _columns(x, None),
-        _mask_columns(mask, None),
+        _columns(comparable(mask), None),
         stats.contiguous(),
         unbiased=unbiased,
         keep_mean=keep_mean,

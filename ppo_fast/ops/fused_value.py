@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.backends import comparable
 from ppo_fast.ops.fused_kl import scalar_tensor
 from ppo_fast.records import ValueLoss
 
@@ -28,7 +29,7 @@ def value_loss(
         values,
         old_values.detach(),
         returns.detach(),
-        mask,
+        comparable(mask),
         scalar_tensor(math.inf if clip is None else clip, values.device),
         None if normalizer is None else scalar_tensor(normalizer, values.device),
         cu_seqlens,

@@ -196,9 +196,9 @@ def policy_loss_from_logits(
     }
     if dispatch.resolve("policy_loss_from_logits", impl, logits) == "reference":
         return reference.policy_loss_from_logits(*tokens_of, **surrogate)
-    from ppo_fast.ops import fused_policy
+    from ppo_fast.ops import fused_policy_rows
 
-    return fused_policy.policy_loss_from_logits(*tokens_of, **surrogate)
+    return fused_policy_rows.policy_loss_from_logits(*tokens_of, **surrogate)
 
 
 def value_loss(

@@ -269,7 +269,7 @@ def test_strided_inputs(impl: str, no_worse: Callable[..., None]) -> None:
     assert_parity(no_worse, expanded, impl)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_numeric_masks(impl: str, dtype: torch.dtype) -> None:
     tensors = batch()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.ops import fused_policy
+from ppo_fast.ops import fused_policy, fused_policy_rows
 from ppo_fast.records import PolicyLoss
 
 # numpy, under Triton's interpreter, warns of the very NaNs and infinities that are put in on purpose.
@@ -371,8 +371,8 @@ def test_operators_are_well_formed(with_ref: bool) -> None:
     ref = torch.randn(3, 4, 33) if with_ref else None
     logits, *others = tensors.values()
     arguments = (*others, torch.tensor(0.7), ref, packed, normalizer, "token-mean")
-    torch.library.opcheck(fused_policy.policy_loss_rows, (logits.clone().requires_grad_(), *arguments))
-    torch.library.opcheck(fused_policy.policy_loss_rows_inplace, (logits.clone(), *arguments))
+    torch.library.opcheck(fused_policy_rows.policy_loss_rows, (logits.clone().requires_grad_(), *arguments))
+    torch.library.opcheck(fused_policy_rows.policy_loss_rows_inplace, (logits.clone(), *arguments))
     logprobs = torch.randn(3, 4, requires_grad=True)
     rest = (tensors["old_logprobs"], tensors["advantages"], tensors["mask"], packed, normalizer, None)
     torch.library.opcheck(fused_policy.clipped_policy_loss, (logprobs, *rest, "seq-mean-token-mean"))

@@ -127,3 +127,19 @@ def test_an_empty_mask_is_zero_and_nan_shows() -> None:
     assert bool(out.loss.isnan())
     assert all(bool(out.stats[name].isnan()) for name in ("approx_kl", "ratio_mean", "ratio_max"))
     assert gradient.isnan().nonzero().tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    """Nonzero counts, whatever it is made of."""
+    x, y, z = torch.randn(3, 2, 5)
+    logits, labels = torch.randn(2, 5, 9), torch.randint(9, (2, 5))
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    numeric = mask.to(dtype) * 3
+    for op, inputs in (
+        (ppo_fast.policy_loss, (x, y, z)),
+        (ppo_fast.value_loss, (x, y, z)),
+        (ppo_fast.policy_loss_from_logits, (logits, labels, y, z)),
+    ):
+        a, b = (op(*inputs, m, impl="triton").loss for m in (mask, numeric))
+        assert torch.equal(a, b), op.__name__
