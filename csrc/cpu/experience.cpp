@@ -11,58 +11,8 @@
 #include "cpu/halves.h"
 #include "cpu/threads.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define PPO_FAST_X86 1
-#include <immintrin.h>
-#endif
-
-// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
-#define PPO_FAST_ISA portable
-#define PPO_FAST_BYTES 16
-#include "cpu/lanes.h"
-#include "sequence.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-
-#ifdef PPO_FAST_X86
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define PPO_FAST_ISA avx2
-#define PPO_FAST_BYTES 32
-#include "cpu/lanes.h"
-#include "sequence.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-#define PPO_FAST_ISA avx512
-#define PPO_FAST_BYTES 64
-#include "cpu/lanes.h"
-#include "sequence.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // PPO_FAST_X86
+#define PPO_FAST_BODY "sequence.h"
+#include "cpu/every_isa.h"
 
 namespace ppo_fast {
 namespace {
@@ -77,7 +27,7 @@ struct SequenceOps {
   void (*whiten_sequences[2])(const ExperienceIn&, const ExperienceOut&, Affine, std::int64_t, std::int64_t);
 };
 
-#define PPO_FAST_SEQUENCE_OPS(isa)                                    \
+#define PPO_FAST_OPS(isa)                                             \
   SequenceOps {                                                       \
     {isa::some_sequences<float>, isa::some_sequences<double>},        \
         {isa::some_gradients<float>, isa::some_gradients<double>},    \
@@ -86,19 +36,9 @@ struct SequenceOps {
         {isa::whiten_sequences<float>, isa::whiten_sequences<double>} \
   }
 
-const SequenceOps& ops_of(Isa isa) {
-#ifdef PPO_FAST_X86
-  static const SequenceOps avx2_ops = PPO_FAST_SEQUENCE_OPS(avx2);
-  static const SequenceOps avx512_ops = PPO_FAST_SEQUENCE_OPS(avx512);
-  if (isa == Isa::kAvx2) return avx2_ops;
-  if (isa == Isa::kAvx512) return avx512_ops;
-#endif
-  (void)isa;
-  static const SequenceOps portable_ops = PPO_FAST_SEQUENCE_OPS(portable);
-  return portable_ops;
-}
+const SequenceOps& ops_of(Isa isa) { PPO_FAST_CHOOSE(SequenceOps, isa); }
 
-#undef PPO_FAST_SEQUENCE_OPS
+#undef PPO_FAST_OPS
 
 int of_compute(DType compute) { return compute == DType::kFloat64 ? 1 : 0; }
 

@@ -8,11 +8,6 @@
 #include "cpu/halves.h"
 #include "cpu/threads.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define PPO_FAST_X86 1
-#include <immintrin.h>
-#endif
-
 namespace ppo_fast {
 
 template <class T>
@@ -24,53 +19,8 @@ const T* row_start(const RowGrid& grid, std::int64_t row) {
 
 }  // namespace ppo_fast
 
-// Standard headers stand above: an inline function of theirs compiled for AVX-512 could be the copy the linker keeps.
-#define PPO_FAST_ISA portable
-#define PPO_FAST_BYTES 16
-#include "cpu/lanes.h"
-#include "row.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-
-#ifdef PPO_FAST_X86
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define PPO_FAST_ISA avx2
-#define PPO_FAST_BYTES 32
-#include "cpu/lanes.h"
-#include "row.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-#define PPO_FAST_ISA avx512
-#define PPO_FAST_BYTES 64
-#include "cpu/lanes.h"
-#include "row.h"
-#undef PPO_FAST_ISA
-#undef PPO_FAST_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // PPO_FAST_X86
+#define PPO_FAST_BODY "row.h"
+#include "cpu/every_isa.h"
 
 namespace ppo_fast {
 namespace {
@@ -81,7 +31,7 @@ struct RowOps {
   void (*exp)(const float*, float*, std::int64_t);
 };
 
-#define PPO_FAST_ROW_OPS(isa)                                                                                       \
+#define PPO_FAST_OPS(isa)                                                                                           \
   RowOps {                                                                                                          \
     {isa::forward_rows<float>, isa::forward_rows<double>, isa::forward_rows<BFloat16>, isa::forward_rows<Float16>}, \
         {isa::backward_rows<float>, isa::backward_rows<double>, isa::backward_rows<BFloat16>,                       \
@@ -89,19 +39,9 @@ struct RowOps {
         isa::exp_rows                                                                                               \
   }
 
-const RowOps& ops_of(Isa isa) {
-#ifdef PPO_FAST_X86
-  static const RowOps avx2_ops = PPO_FAST_ROW_OPS(avx2);
-  static const RowOps avx512_ops = PPO_FAST_ROW_OPS(avx512);
-  if (isa == Isa::kAvx2) return avx2_ops;
-  if (isa == Isa::kAvx512) return avx512_ops;
-#endif
-  (void)isa;
-  static const RowOps portable_ops = PPO_FAST_ROW_OPS(portable);
-  return portable_ops;
-}
+const RowOps& ops_of(Isa isa) { PPO_FAST_CHOOSE(RowOps, isa); }
 
-#undef PPO_FAST_ROW_OPS
+#undef PPO_FAST_OPS
 
 }  // namespace
 
