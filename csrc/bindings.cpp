@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "bindings.h"
 #include "cpu/experience.h"
 #include "cpu/logits.h"
 #include "cpu/memory.h"
@@ -30,10 +31,6 @@ const char* name_of(Isa isa) {
   return "unknown";
 }
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw py::value_error(message);
-}
-
 Isa isa_named(const std::string& name) {
   for (Isa isa : kIsas) {
     if (name != name_of(isa)) continue;
@@ -43,15 +40,31 @@ Isa isa_named(const std::string& name) {
   throw py::value_error("isa is '" + name + "', expected one of avx512, avx2, portable");
 }
 
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+}  // namespace
+
+namespace ppo_fast {
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw py::value_error(message);
 }
+
+RunOn checked_run(int threads, const std::string& isa) {
+  require(threads >= 1, "threads is " + std::to_string(threads) + ", expected 1 or more");
+  return {threads, isa_named(isa)};
+}
+
+DType checked_dtype(int dtype) {
+  require(dtype >= 0 && dtype <= 3, "dtype is code " + std::to_string(dtype) + ", expected 0 to 3");
+  return static_cast<DType>(dtype);
+}
+
+}  // namespace ppo_fast
+
+namespace {
 
 RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t inner_rows,
                      std::int64_t outer_stride, std::int64_t inner_stride, std::uintptr_t labels,
                      std::uintptr_t temperature, std::int64_t temperature_stride) {
-  require(dtype >= 0 && dtype <= 3, "dtype is code " + std::to_string(dtype) + ", expected 0 to 3");
   require(rows >= 0, "rows is " + std::to_string(rows) + ", expected 0 or more");
   require(vocab >= 1, "vocab is " + std::to_string(vocab) + ", expected 1 or more");
   require(inner_rows >= 1, "inner_rows is " + std::to_string(inner_rows) + ", expected 1 or more");
@@ -59,7 +72,7 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
   require(temperature_stride == 0 || temperature_stride == 1,
           "temperature_stride is " + std::to_string(temperature_stride) + ", expected 0 or 1");
   RowGrid grid{pointer<const void>(logits),
-               static_cast<DType>(dtype),
+               checked_dtype(dtype),
                rows,
                vocab,
                inner_rows,
@@ -79,11 +92,6 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
                           " at flat position " + std::to_string(cold) + ", expected a positive number");
   }
   return grid;
-}
-
-RunOn checked_run(int threads, const std::string& isa) {
-  require(threads >= 1, "threads is " + std::to_string(threads) + ", expected 1 or more");
-  return {threads, isa_named(isa)};
 }
 
 void forward(const RowGrid& grid, std::uintptr_t logprobs, std::uintptr_t entropy, std::uintptr_t stats, int threads,
@@ -332,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("parts"), py::arg("count"), py::arg("unbiased"), py::arg("threads"), py::arg("isa"));
   m.def("merge_parts", &merge, py::kw_only(), py::arg("parts"), py::arg("count"), py::arg("whole"));
   m.def("large_block", &large_block, py::arg("bytes"), "Uninitialised bytes as a DLPack capsule.");
+  bind_policy(m);
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");

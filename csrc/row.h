@@ -95,8 +95,17 @@ inline RowStats row_forward(const T* x, std::int64_t vocab, double temperature) 
   return {top, total, weighted / total};
 }
 
+template <class T>
+inline void store_some(T* y, Vec<T> v, std::int64_t n) {
+  if (n >= Lanes<Compute<T>>::kWidth) return store(y, v);
+  T lanes[Lanes<Compute<T>>::kWidth];
+  store(lanes, v);
+  for (std::int64_t k = 0; k < n; ++k) y[k] = lanes[k];
+}
+
 // The gradient of g_logprob * logprob + g_entropy * entropy:
 // dx_j = p_j (a + b d_j) + c [j = label], with T a = g_entropy mean - g_logprob, T b = -g_entropy, T c = g_logprob.
+// dx may be x itself.
 template <class T>
 inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t label, double temperature,
                          const RowStats& stats, double g_logprob, double g_entropy) {
@@ -107,23 +116,16 @@ inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t lab
   const double scale = 1.0 / (stats.total * temperature);
   const C a = static_cast<C>((g_entropy * stats.mean - g_logprob) * scale);
   const C b = static_cast<C>(-g_entropy * scale);
+  // The target in one shot: 1 - p rounds to nothing near p = 1, and reading back a stored p would round it first.
+  const double d_label = (widen(x[label]) - stats.top) / temperature;
+  const double p = std::exp(d_label) / stats.total;
+  const double from_entropy = p == 0.0 ? 0.0 : g_entropy * p * (stats.mean - d_label);
+  const double from_logprob = g_logprob == 0.0 ? 0.0 : -g_logprob * std::expm1(d_label - std::log(stats.total));
   for (std::int64_t i = 0; i < vocab; i += kWidth) {
     const std::int64_t n = vocab - i;
     const Vec<T> d = distance(n >= kWidth ? load(x + i) : load_tail(x + i, n), top, inverse_temperature);
-    const Vec<T> gradient = exp_nonpositive(d) * (b * d + a);
-    if (n >= kWidth) {
-      store(dx + i, gradient);
-    } else {
-      T lanes[kWidth];
-      store(lanes, gradient);
-      for (std::int64_t k = 0; k < n; ++k) dx[i + k] = lanes[k];
-    }
+    store_some(dx + i, exp_nonpositive(d) * (b * d + a), n);
   }
-  // The target in one shot: 1 - p rounds to nothing near p = 1, and reading back a stored p would round it first.
-  const double d = (widen(x[label]) - stats.top) / temperature;
-  const double p = std::exp(d) / stats.total;
-  const double from_entropy = p == 0.0 ? 0.0 : g_entropy * p * (stats.mean - d);
-  const double from_logprob = g_logprob == 0.0 ? 0.0 : -g_logprob * std::expm1(d - std::log(stats.total));
   dx[label] = narrow<T>((from_logprob + from_entropy) / temperature);
 }
 
