@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help train quickstart test lint bench peers gpu resources clean
+.PHONY: help train quickstart test lint sanitize bench peers gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,15 @@ lint: $(VENV)/.test ## style, imports, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A program of its own: every entry point on buffers of exactly the size it may touch, without Python or torch round it.
+SANITIZE := -std=c++17 -O1 -g -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc
+sanitize: ## run the native code under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer (2 minutes)
+	mkdir -p build
+	$(CXX) $(SANITIZE) -fsanitize=address,undefined tests/native/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize-memory
+	build/sanitize-memory
+	$(CXX) $(SANITIZE) -fsanitize=thread tests/native/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize-threads
+	build/sanitize-threads
 
 bench: $(VENV)/.test ## every benchmark on this machine, with results in RESULTS (bench/results)
 	mkdir -p $(RESULTS)

@@ -49,7 +49,8 @@ def source_of(launch: Launch, target: GPUTarget) -> ASTSource:
         if parameter.is_constexpr:
             kind, key = "constexpr", None
         else:
-            kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+            specialise = not parameter.do_not_specialize
+            kind, key = native_specialize_impl(BaseBackend, value, False, specialise, specialise)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value

@@ -53,6 +53,10 @@ RunOn checked_run(int threads, const std::string& isa) {
   return {threads, isa_named(isa)};
 }
 
+void require_labels(const RowGrid& grid) {
+  require(grid.rows == 0 || grid.labels != nullptr, "labels is a null address");
+}
+
 DType checked_dtype(int dtype) {
   require(dtype >= 0 && dtype <= 3, "dtype is code " + std::to_string(dtype) + ", expected 0 to 3");
   return static_cast<DType>(dtype);
@@ -68,7 +72,7 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
   require(rows >= 0, "rows is " + std::to_string(rows) + ", expected 0 or more");
   require(vocab >= 1, "vocab is " + std::to_string(vocab) + ", expected 1 or more");
   require(inner_rows >= 1, "inner_rows is " + std::to_string(inner_rows) + ", expected 1 or more");
-  require(rows == 0 || (logits != 0 && labels != 0 && temperature != 0), "an input is a null address");
+  require(rows == 0 || (logits != 0 && temperature != 0), "logits or temperature is a null address");
   require(temperature_stride == 0 || temperature_stride == 1,
           "temperature_stride is " + std::to_string(temperature_stride) + ", expected 0 or 1");
   RowGrid grid{pointer<const void>(logits),
@@ -97,6 +101,7 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
 void forward(const RowGrid& grid, std::uintptr_t logprobs, std::uintptr_t entropy, std::uintptr_t stats, int threads,
              const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
+  require_labels(grid);
   require(grid.rows == 0 || (logprobs != 0 && entropy != 0 && stats != 0), "an output is a null address");
   const ForwardOut out{pointer<void>(logprobs), pointer<void>(entropy), pointer<RowStats>(stats)};
   py::gil_scoped_release release;
@@ -106,6 +111,7 @@ void forward(const RowGrid& grid, std::uintptr_t logprobs, std::uintptr_t entrop
 void backward(const RowGrid& grid, std::uintptr_t stats, std::uintptr_t grad_logprobs, std::uintptr_t grad_entropy,
               std::uintptr_t grad_logits, int threads, const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
+  require_labels(grid);
   require(grid.rows == 0 || (stats != 0 && grad_logits != 0), "stats or grad_logits is a null address");
   const BackwardIn in{pointer<const RowStats>(stats), pointer<const void>(grad_logprobs),
                       pointer<const void>(grad_entropy), pointer<void>(grad_logits)};

@@ -16,6 +16,9 @@ void require(bool holds, const std::string& message);
 // Threads of at least 1, on an instruction set by its name that this machine can run.
 RunOn checked_run(int threads, const std::string& isa);
 
+// The op reads labels: an address of 0 for none will not do.
+void require_labels(const RowGrid& grid);
+
 // float32, float64, bfloat16, float16 as 0 to 3.
 DType checked_dtype(int dtype);
 

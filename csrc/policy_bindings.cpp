@@ -26,6 +26,7 @@ void forward(const RowGrid& grid, const py::object& ref, std::uintptr_t old_logp
              double entropy_coef, double kl_coef, std::uintptr_t logprobs, std::uintptr_t entropy, std::uintptr_t kl,
              std::uintptr_t state, int threads, const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
+  require_labels(grid);
   const PolicyIn in{grid,
                     checked_ref(ref, grid),
                     pointer<const void>(old_logprobs),
@@ -48,7 +49,8 @@ void backward(const RowGrid& grid, const py::object& ref, std::uintptr_t state, 
               std::uintptr_t grad_logits, int threads, const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
   const RefGrid checked = checked_ref(ref, grid);
-  require(grid.rows == 0 || (state != 0 && grad_logits != 0), "state or grad_logits is a null address");
+  require_labels(grid);
+  require(grid.rows == 0 || state != 0, "state is a null address");
   py::gil_scoped_release release;
   policy_backward(grid, checked, pointer<const PolicyState>(state), grad_loss, pointer<void>(grad_logits), on);
 }
@@ -90,7 +92,8 @@ void bind_policy(py::module_& m) {
         py::arg("kl"), py::arg("state"), py::arg("threads"), py::arg("isa"),
         "With state 0 the gradient takes the place of the logits.");
   m.def("policy_backward", &backward, py::arg("grid"), py::kw_only(), py::arg("ref"), py::arg("state"),
-        py::arg("grad_loss"), py::arg("grad_logits"), py::arg("threads"), py::arg("isa"));
+        py::arg("grad_loss"), py::arg("grad_logits"), py::arg("threads"), py::arg("isa"),
+        "With grad_logits 0 the gradient takes the place of the logits.");
   m.def("scale_rows", &scale, py::arg("grid"), py::kw_only(), py::arg("factor"), py::arg("threads"), py::arg("isa"));
   m.def("kl_forward", &exact_kl, py::arg("grid"), py::kw_only(), py::arg("ref"), py::arg("kl"), py::arg("state"),
         py::arg("threads"), py::arg("isa"));

@@ -218,7 +218,7 @@ inline void policy_row(const PolicyIn& in, const PolicyOut& out, const ClipRange
   const bool beside = in.ref.logits != nullptr;
   PolicyState state{};
   C logprob = 0, entropy = 0, kl = 0;
-  if (weight >= 0) {
+  if (weight != -static_cast<C>(HUGE_VAL)) {
     const double temperature = in.grid.temperature[r * in.grid.temperature_stride];
     if (beside) {
       state = pair_forward(x, in.ref, r, in.grid.vocab, temperature);
@@ -260,7 +260,8 @@ void policy_gradients(const RowGrid& grid, const RefGrid& ref, const PolicyState
     state.g_logprob *= grad_loss;
     state.g_entropy *= grad_loss;
     state.g_kl *= grad_loss;
-    state_backward(grid, ref, r, is_read(states[r]) ? state : PolicyState{}, static_cast<T*>(out) + r * grid.vocab);
+    T* dx = out == nullptr ? const_cast<T*>(row_start<T>(grid, r)) : static_cast<T*>(out) + r * grid.vocab;
+    state_backward(grid, ref, r, is_read(states[r]) ? state : PolicyState{}, dx);
   }
 }
 

@@ -13,7 +13,8 @@ constexpr std::int64_t kBlock = 1024;  // elements read twice while they are in 
 template <class V, class C>
 inline V distance(V x, C top, C inverse_temperature) {
   const V d = (x - top) * inverse_temperature;
-  return d < C(-1000) ? V{} + C(-1000) : d;
+  const V floor = V{} + C(-1000);
+  return floor > d ? floor : d;
 }
 
 // The last elements of a row, filled up with -inf: logits that weigh nothing.
@@ -165,7 +166,8 @@ void backward_rows(const RowGrid& grid, const BackwardIn& in, std::int64_t begin
 inline void exp_rows(const float* x, float* y, std::int64_t n) {
   constexpr int kWidth = Lanes<float>::kWidth;
   for (std::int64_t i = 0; i < n; i += kWidth) {
-    const auto e = exp_nonpositive(n - i >= kWidth ? load(x + i) : load_tail(x + i, n - i));
+    const auto v = n - i >= kWidth ? load(x + i) : load_tail(x + i, n - i);
+    const auto e = exp_nonpositive(distance(v, 0.0f, 1.0f));
     for (int lane = 0; lane < kWidth && i + lane < n; ++lane) y[i + lane] = e[lane];
   }
 }

@@ -13,7 +13,7 @@ import triton.language as tl
 from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
 from ppo_fast.kernels.moments import MOST_CHUNKS, OPTIONS, WHITEN_EPS
 from ppo_fast.kernels.partial_moments import PARTIALS, add_tile, degrees_of_freedom, merged
-from ppo_fast.kernels.sequences import sequence_bounds
+from ppo_fast.kernels.sequences import SEQUENCE_SIZES, sequence_bounds
 from ppo_fast.kernels.surrogate import COEFFICIENTS, expm1_less_x, held_log_ratio
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def next_values(row, mask_row, t, size, counted, last, bootstrap, carried, CARRY
     return tl.where(t == last, bootstrap, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def experience_kernel(
     logprobs_ptr,
     ref_logprobs_ptr,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from ppo_fast.kernels.experience import SCAN_OPTIONS, after, own_or_common
 from ppo_fast.kernels.launch import on_device_of
-from ppo_fast.kernels.sequences import sequence_bounds
+from ppo_fast.kernels.sequences import SEQUENCE_SIZES, sequence_bounds
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ def counted_gradients(grad_advantages, grad_returns, mask, t, size):
     return counted, of_advantage + of_return, of_return
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def gae_backward_kernel(
     grad_advantages_ptr,
     grad_returns_ptr,

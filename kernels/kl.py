@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import on_device_of, row_options
-from ppo_fast.kernels.rows import column_gap, distance, online_kl_update, row_origin
+from ppo_fast.kernels.rows import ROW_STRIDES, column_gap, distance, online_kl_update, row_origin
 from torch import Tensor
 
 KL_STATS = 5  # max x, sum e^d, max r, sum e^d_ref, E_p[d - d_ref]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def kl_forward_kernel(
     logits_ptr,
     ref_logits_ptr,
@@ -26,11 +26,12 @@ def kl_forward_kernel(
     ref_outer_stride,
     ref_inner_stride,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write KL = E_p[d - d_ref] - log(total / ref_total) of one row, and what the backward needs of it."""
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
-    ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
+    ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride, ALIGNED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
 
     top = tl.full((), float("-inf"), tl.float32)
@@ -55,7 +56,7 @@ def kl_forward_kernel(
     tl.store(stats_ptr + row * 5 + 4, mean_gap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def kl_backward_kernel(
     logits_ptr,
     ref_logits_ptr,
@@ -73,14 +74,15 @@ def kl_backward_kernel(
     ref_outer_stride,
     ref_inner_stride,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write dx_j = g p_j (d_j - d_ref_j - E_p[d - d_ref]) / T and dr_j = g (q_j - p_j) / T; either may be absent.
 
     A row with g = 0 is not read and gets zeros.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
-    ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
+    ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride, ALIGNED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
     top = tl.load(stats_ptr + row * 5)
     inverse_total = 1.0 / tl.load(stats_ptr + row * 5 + 1)

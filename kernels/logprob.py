@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import on_device_of, row_options
-from ppo_fast.kernels.rows import online_softmax_update, row_gradient, row_origin
+from ppo_fast.kernels.rows import ROW_STRIDES, online_softmax_update, row_gradient, row_origin
 from torch import Tensor
 
 STATS = 3  # float32 numbers kept for each row: max x, sum exp(d), sum p d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def logprob_forward_kernel(
     logits_ptr,
     labels_ptr,
@@ -24,10 +24,11 @@ def logprob_forward_kernel(
     outer_stride,
     inner_stride,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write logprob = d_label - log sum exp(d) (NaN for a label outside [0, V)), entropy = log sum exp(d) - sum p d."""
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
 
     top = tl.full((), float("-inf"), tl.float32)
@@ -50,7 +51,7 @@ def logprob_forward_kernel(
     tl.store(stats_ptr + row * 3 + 2, weighted / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def logprob_backward_kernel(
     logits_ptr,
     labels_ptr,
@@ -65,6 +66,7 @@ def logprob_backward_kernel(
     outer_stride,
     inner_stride,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Write dx_j = (p_j (a + b d_j) + c [j = label]) / T.
 
@@ -72,7 +74,7 @@ def logprob_backward_kernel(
     read and gets zeros; a predicate does it, since leaving early costs registers.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
 
     g_logprob = 0.0

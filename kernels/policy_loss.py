@@ -8,7 +8,14 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import on_device_of, row_options
-from ppo_fast.kernels.rows import column_gap, distance, online_kl_update, online_softmax_update, row_origin
+from ppo_fast.kernels.rows import (
+    ROW_STRIDES,
+    column_gap,
+    distance,
+    online_kl_update,
+    online_softmax_update,
+    row_origin,
+)
 from ppo_fast.kernels.surrogate import surrogate
 from torch import Tensor
 
@@ -58,7 +65,7 @@ def write_gradient(
         tl.store(grad_row + columns, dx, mask=columns < vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def policy_rows_kernel(
     logits_ptr,
     labels_ptr,
@@ -82,15 +89,16 @@ def policy_rows_kernel(
     ref_outer_stride,
     ref_inner_stride,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Read a row once; write logprob, entropy and KL, and either the row's state or its gradient over the logits.
 
-    A row whose weight is below 0 (a false mask) is not read: its numbers are 0.
+    A row whose weight is -inf (a false mask) is not read: its numbers are 0.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     weight = tl.load(weights_ptr + row)
-    counted = weight >= 0.0
+    counted = weight != float("-inf")
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     inverse_temperature = 1.0 / tl.where(counted, temperature, 1.0)
     columns_read = tl.where(counted, vocab, 0)
@@ -106,7 +114,9 @@ def policy_rows_kernel(
     ref_total = tl.full((), 0.0, tl.float32)
     gaps = tl.full((), 0.0, tl.float32)
     if ref_logits_ptr is not None:
-        ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride)
+        ref_row = ref_logits_ptr + row_origin(
+            row, ref_inner_rows, ref_outer_stride, ref_inner_stride, ALIGNED
+        )
     else:
         ref_row = None
     for start in range(0, columns_read, BLOCK):
@@ -155,14 +165,16 @@ def policy_rows_kernel(
         tl.store(state + 5, c)
         tl.store(state + 6, k)
     if grad_logits_ptr is not None:
-        grad_row = grad_logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+        grad_row = grad_logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
+        # What is written has no order: a tile of its own, since with a reference the common one spills on sm_90.
+        WRITTEN: tl.constexpr = BLOCK if ref_logits_ptr is None else BLOCK // 2
         write_gradient(
             logits_row, ref_row, grad_row, label, vocab, inverse_temperature, top, inverse_total, ref_top,
-            a, b, c, k, BLOCK,
+            a, b, c, k, WRITTEN,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def policy_gradient_kernel(
     grad_loss_ptr,
     logits_ptr,
@@ -179,13 +191,17 @@ def policy_gradient_kernel(
     ref_inner_rows,
     ref_outer_stride,
     ref_inner_stride,
+    INPLACE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Write the gradient of one row from its state, times the gradient of the loss."""
+    """Write the gradient of one row from its state, times the gradient of the loss; INPLACE over the logits."""
     row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    logits_row = logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     if ref_logits_ptr is not None:
-        ref_row = ref_logits_ptr + row_origin(row, ref_inner_rows, ref_outer_stride, ref_inner_stride)
+        ref_row = ref_logits_ptr + row_origin(
+            row, ref_inner_rows, ref_outer_stride, ref_inner_stride, ALIGNED
+        )
     else:
         ref_row = None
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row * temperature_stride)
@@ -198,19 +214,30 @@ def policy_gradient_kernel(
     b = g * tl.load(state + 4)
     c = g * tl.load(state + 5)
     k = g * tl.load(state + 6)
+    if INPLACE:
+        grad_row = grad_logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
+    else:
+        grad_row = grad_logits_ptr + row * vocab
     write_gradient(
-        logits_row, ref_row, grad_logits_ptr + row * vocab, tl.load(labels_ptr + row), vocab,
-        inverse_temperature, top, inverse_total, ref_top, a, b, c, k, BLOCK,
+        logits_row, ref_row, grad_row, tl.load(labels_ptr + row), vocab, inverse_temperature, top, inverse_total,
+        ref_top, a, b, c, k, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_STRIDES)
 def scale_rows_kernel(
-    grad_loss_ptr, rows_ptr, vocab, inner_rows, outer_stride, inner_stride, BLOCK: tl.constexpr
+    grad_loss_ptr,
+    rows_ptr,
+    vocab,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Multiply a row in place by the gradient of the loss; nothing is read or written where that is 1."""
     row = tl.program_id(0).to(tl.int64)
-    values = rows_ptr + row_origin(row, inner_rows, outer_stride, inner_stride)
+    values = rows_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     g = tl.load(grad_loss_ptr)
     columns_scaled = tl.where(g != 1.0, vocab, 0)
     for start in range(0, columns_scaled, BLOCK):
@@ -245,7 +272,7 @@ def policy_rows(
     """Launch one program a row; return float32 logprobs, entropy, KL (None without a reference) and the state [N, 7].
 
     With `inplace` the gradient of the loss takes the place of the logits in the same launch, and there is no state.
-    Token tensors are contiguous; `weights` is float32, below 0 in masked slots; a grid is (inner_rows, outer_stride,
+    Token tensors are contiguous; `weights` is float32, -inf in masked slots; a grid is (inner_rows, outer_stride,
     inner_stride), as in `kl_forward`.
     """
     _assert_rows(logits, labels, ref_logits)
@@ -256,8 +283,6 @@ def policy_rows(
     state = None if inplace else torch.empty((labels.numel(), ROW_STATE), dtype=torch.float32, device=device)
     if labels.numel() == 0:
         return logprobs, entropy, kl, state
-    # Gradient and KL in one launch spill with the common tile where rows are not aligned, on sm_90.
-    widest = 8192 if inplace and ref_logits is not None else 4096
     with on_device_of(logits):
         policy_rows_kernel[(labels.numel(),)](
             logits_ptr=logits,
@@ -281,7 +306,7 @@ def policy_rows(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
-            **row_options(vocab, largest_block=widest),
+            **row_options(vocab),
         )
     return logprobs, entropy, kl, state
 
@@ -296,11 +321,15 @@ def policy_gradient(
     *,
     grid: Grid,
     ref_grid: Grid,
+    inplace: bool = False,
 ) -> Tensor:
-    """Return the gradient [..., V] of the logits, contiguous, in their dtype; `grad_loss` is a float32 0-d tensor."""
+    """Return the gradient [..., V] of the logits, contiguous or `inplace`, in their dtype.
+
+    `grad_loss` is a float32 0-d tensor.
+    """
     _assert_rows(logits, labels, ref_logits)
     vocab = logits.shape[-1]
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_logits = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if labels.numel() == 0:
         return grad_logits
     with on_device_of(logits):
@@ -320,6 +349,7 @@ def policy_gradient(
             ref_inner_rows=ref_grid[0],
             ref_outer_stride=ref_grid[1],
             ref_inner_stride=ref_grid[2],
+            INPLACE=inplace,
             **row_options(vocab),
         )
     return grad_logits

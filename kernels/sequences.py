@@ -10,6 +10,15 @@ import triton.language as tl
 from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
 from torch import Tensor
 
+# As with rows (`ROW_STRIDES`): else a sequence padded to a multiple of 16 would be summed in an order of its own.
+SEQUENCE_SIZES = (
+    "tokens",
+    "logprobs_stride",
+    "ref_logprobs_stride",
+    "token_rewards_stride",
+    "values_stride",
+    "mask_stride",
+)
 REDUCTIONS = {"token-mean": 0, "token-sum": 1, "seq-mean-token-sum": 2, "seq-mean-token-mean": 3}
 
 
@@ -36,7 +45,7 @@ def divisor(counted, nonempty, normalizer_ptr, REDUCTION: tl.constexpr):
         return tl.maximum(nonempty, 1).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def sequence_lengths_kernel(mask_ptr, cu_seqlens_ptr, lengths_ptr, tokens, BLOCK: tl.constexpr):
     """Write how many tokens of each sequence count."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -64,11 +73,11 @@ def divisor_kernel(
     tl.store(divisor_ptr, divisor(counted, nonempty, normalizer_ptr, REDUCTION))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def token_weights_kernel(
     mask_ptr, lengths_ptr, divisor_ptr, weights_ptr, tokens, REDUCTION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write d loss / d term of each token, and -1 where the mask is 0."""
+    """Write d loss / d term of each token, and -inf where the mask is 0."""
     sequence = tl.program_id(0).to(tl.int64)
     first, size = sequence_bounds(sequence, tokens, None)
     weight = 1.0 / tl.load(divisor_ptr)
@@ -77,11 +86,11 @@ def token_weights_kernel(
     for start in range(0, size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         counted = tl.load(mask_ptr + first + columns, mask=columns < size, other=0) != 0
-        tl.store(weights_ptr + first + columns, tl.where(counted, weight, -1.0), mask=columns < size)
+        tl.store(weights_ptr + first + columns, tl.where(counted, weight, float("-inf")), mask=columns < size)
 
 
 def token_weights(mask: Tensor, normalizer: Tensor | None, reduction: str) -> Tensor:
-    """Return d loss / d term of every token, float32 [B, T], and -1 where the mask is 0; three small launches."""
+    """Return d loss / d term of every token, float32 [B, T], and -inf where the mask is 0; three small launches."""
     assert mask.is_contiguous(), f"mask has strides {mask.stride()}"
     sequences, tokens = mask.shape
     weights = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)

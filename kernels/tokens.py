@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
-from ppo_fast.kernels.sequences import REDUCTIONS, divisor, sequence_bounds
+from ppo_fast.kernels.sequences import REDUCTIONS, SEQUENCE_SIZES, divisor, sequence_bounds
 from ppo_fast.kernels.surrogate import expm1_less_x, held_log_ratio, surrogate
 from torch import Tensor
 
@@ -16,7 +16,7 @@ POLICY_STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max", "entrop
 POLICY_SUMS = 8  # the loss's terms, then what the statistics need, then the tokens that count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def policy_sums_kernel(
     logprobs_ptr,
     old_logprobs_ptr,
@@ -138,7 +138,7 @@ def policy_finish_kernel(
     tl.store(stats_ptr + 5, kls / tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def policy_backward_kernel(
     grad_loss_ptr,
     logprobs_ptr,

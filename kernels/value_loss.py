@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from ppo_fast.kernels.launch import TOKEN_OPTIONS, on_device_of
-from ppo_fast.kernels.sequences import REDUCTIONS, divisor, sequence_bounds
+from ppo_fast.kernels.sequences import REDUCTIONS, SEQUENCE_SIZES, divisor, sequence_bounds
 from torch import Tensor
 
 VALUE_STATS = ("clip_fraction", "explained_variance", "value_mean", "return_mean")
@@ -13,9 +13,11 @@ VALUE_SUMS = 7  # terms, clipped, values; mean and M2 of the returns; mean and M
 
 @triton.jit
 def squared_errors(value, old, target, clip):
-    """(plain, clipped, v_clip, whether v lies inside the clip)."""
-    low, high = old - clip, old + clip
+    """(plain, clipped, v_clip, whether v lies inside the clip); without a clip (inf) `old` is not looked at."""
+    low = tl.where(clip == float("inf"), float("-inf"), old - clip)
+    high = tl.where(clip == float("inf"), float("inf"), old + clip)
     held = tl.where(value < low, low, tl.where(value > high, high, value))
+    held = tl.where(low == low, held, low)  # a clip about NaN is NaN
     return (
         (value - target) * (value - target),
         (held - target) * (held - target),
@@ -36,7 +38,7 @@ def take_tile(count, mean, m2, x, counted):
     return count + n, mean + delta * (n / total), m2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def value_sums_kernel(
     values_ptr,
     old_values_ptr,
@@ -68,7 +70,8 @@ def value_sums_kernel(
         target = tl.load(returns_ptr + at, mask=counted, other=0.0).to(tl.float32)
         plain, clipped, _, _ = squared_errors(value, old, target, clip)
         is_clipped = clipped > plain
-        terms += tl.sum(tl.where(counted, tl.where(is_clipped, clipped, plain), 0.0), axis=0)
+        term = tl.where(is_clipped | (clipped != clipped), clipped, plain)
+        terms += tl.sum(tl.where(counted, term, 0.0), axis=0)
         clips += tl.sum((counted & is_clipped).to(tl.float32), axis=0)
         total += tl.sum(value, axis=0)
         count, return_mean, return_m2 = take_tile(count, return_mean, return_m2, target, counted)
@@ -147,7 +150,7 @@ def value_finish_kernel(
     tl.store(stats_ptr + 3, return_mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_SIZES)
 def value_backward_kernel(
     grad_loss_ptr,
     values_ptr,
@@ -180,6 +183,7 @@ def value_backward_kernel(
         plain, clipped, held, passes = squared_errors(value, old, target, clip)
         of_plain = tl.where(clipped > plain, 0.0, tl.where(plain == clipped, 0.5, 1.0))
         slope = of_plain * (value - target) + tl.where(passes, (1.0 - of_plain) * (held - target), 0.0)
+        slope = tl.where(clipped == clipped, slope, clipped)
         grad = tl.where(counted, weight * slope, 0.0)
         tl.store(grad_values_ptr + at, grad.to(grad_values_ptr.dtype.element_ty), mask=columns < size)
 

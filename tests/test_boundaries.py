@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "report": {"records"},
     "ppo": {"ops", "prepare", "records", "reference", "report"},
     "demo": {"prepare", "ppo"},
-    "cli": {"build", "demo", "ppo", "prepare", "report"},
+    "doctor": {"build", "ops", "reference"},
+    "cli": {"build", "demo", "doctor", "ppo", "prepare", "report"},
 }
 PUBLIC_NAMES = {"__init__", "ppo_fast"}  # the package itself, which re-exports; any room above ops may use it
 ABOVE_OPS = {"prepare", "ppo", "demo", "cli"}

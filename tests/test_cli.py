@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import ppo_fast
+from ppo_fast import build, reference
 from ppo_fast.cli import COMMANDS, as_options, build_parser, main
 from ppo_fast.ppo.config import PPOConfig
 
@@ -143,3 +146,31 @@ def test_help_is_quick_and_imports_neither_torch_models_nor_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_doctor_says_what_runs_here_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for op in reference.__all__:
+        (row,) = (line for line in shown.splitlines() if line.split()[0:1] == [op])
+        cells = dict(zip(["reference", "cpu", "triton", "cuda"], row.split()[1:], strict=True))
+        taken = [name for name, cell in cells.items() if cell == "auto"]
+        assert taken == [ppo_fast.available_impls(op)[0]]
+        asked = {name for name, cell in cells.items() if cell in ("auto", "yes")}
+        assert asked == set(ppo_fast.available_impls(op))
+    notes = {cell for line in shown.splitlines() for cell in line.split() if re.fullmatch(r"\(\d+\)", cell)}
+    assert all(f"\n{note} " in shown for note in notes)
+    assert build.build_info()["compiler"] in shown
+
+
+def test_doctor_needs_no_extra_and_the_rest_says_which() -> None:
+    """In a fresh process, where what the `train` extra brings cannot be imported."""
+    block = "import sys; sys.modules['jsonargparse'] = None; from ppo_fast.cli import main; sys.exit(main())"
+    doctor, train = (
+        subprocess.run([sys.executable, "-c", block, name], capture_output=True, text=True)
+        for name in ("doctor", "train")
+    )
+    assert doctor.returncode == 0, doctor.stderr
+    assert "native extension:" in doctor.stdout
+    assert train.returncode == 2
+    assert "pip install ppo-fast[train]" in train.stderr

@@ -48,7 +48,7 @@ bool isa_supported(Isa isa) {
 }
 
 std::int64_t first_bad_label(const RowGrid& grid) {
-  for (std::int64_t r = 0; r < grid.rows; ++r) {
+  for (std::int64_t r = 0; grid.labels != nullptr && r < grid.rows; ++r) {
     if (grid.labels[r] < 0 || grid.labels[r] >= grid.vocab) return r;
   }
   return -1;

@@ -18,7 +18,7 @@ struct RowGrid {
   std::int64_t inner_rows;
   std::int64_t outer_stride;
   std::int64_t inner_stride;
-  const std::int64_t* labels;  // [rows]
+  const std::int64_t* labels;  // [rows], null where the op reads none
   const double* temperature;   // row r has temperature[r * temperature_stride]
   std::int64_t temperature_stride;
 };
@@ -59,7 +59,7 @@ std::int64_t first_bad_temperature(const RowGrid& grid);
 void logprob_forward(const RowGrid& grid, const ForwardOut& out, RunOn on);
 void logprob_backward(const RowGrid& grid, const BackwardIn& in, RunOn on);
 
-// exp of n floats in (-inf, 0] by the polynomial of the row ops; for its accuracy test.
+// exp of n floats in [-inf, 0] by the polynomial of the row ops; for its accuracy test.
 void exp_float32(const float* x, float* y, std::int64_t n, Isa isa);
 
 }  // namespace ppo_fast

@@ -6,7 +6,7 @@
 
 namespace ppo_fast {
 
-constexpr std::size_t kMostSpareBytes = std::size_t{1} << 28;  // a larger block goes back to the system
+constexpr std::size_t kMostSpareBytes = std::size_t{1} << 29;  // a larger block goes back to the system
 
 // At least `bytes` bytes, aligned to a huge page; null where there is no memory.
 void* take_block(std::size_t bytes);

@@ -35,7 +35,7 @@ struct PolicyIn {
   RefGrid ref;
   const void* old_logprobs;
   const void* advantages;
-  const void* weights;  // d loss / d term of each row, below 0 where it does not count
+  const void* weights;  // d loss / d term of each row, -inf where it does not count
   double low;           // of the ratio
   double high;
   double dual_clip;        // infinity for none
@@ -54,7 +54,7 @@ struct PolicyOut {
 // Reads every row that counts once, and with no state once more, while it is in the cache.
 void policy_forward(const PolicyIn& in, const PolicyOut& out, RunOn on);
 
-// `grad_loss` times each row's gradient, into [rows, vocab] contiguous of the logits' dtype.
+// `grad_loss` times each row's gradient, into [rows, vocab] contiguous of the logits' dtype; null: in the logits' place.
 void policy_backward(const RowGrid& grid, const RefGrid& ref, const PolicyState* state, double grad_loss, void* grad_logits,
                      RunOn on);
 

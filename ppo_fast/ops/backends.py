@@ -65,7 +65,7 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return an uninitialised tensor on the CPU, for the result of a native op.
 
     Fresh pages cost several times what the kernel that fills them does: where it is large, it lies on huge pages, and
-    the block of the last such result that was let go, up to 256 MiB, is kept for the next one.
+    the block of the last such result that was let go, up to 512 MiB, is kept for the next one.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE_BYTES:

@@ -35,8 +35,8 @@ _TABLE: dict[str, dict[str, Probe]] = {
     "kl_estimate": _NATIVE_AND_TRITON,
     "kl_shaped_rewards": _NATIVE_AND_TRITON,
     "shaped_gae": _NATIVE_AND_TRITON,
-    "kl_from_logits": _TRITON,
-    "policy_loss_from_logits": _TRITON,
+    "kl_from_logits": _NATIVE_AND_TRITON,
+    "policy_loss_from_logits": _NATIVE_AND_TRITON,
     "masked_mean": _TRITON,
     "masked_var": _TRITON,
     "masked_whiten": _TRITON,
@@ -78,6 +78,12 @@ def resolve(op: str, impl: str, tensor: Tensor, *others: Tensor | None) -> str:
     return impl
 
 
+def reasons(op: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
+    """Say of each name that `impl=` knows why it cannot run `op` on float32 tensors of `device`; None where it can."""
+    sample = torch.empty(1, 2, device=device)
+    return {name: _reason(op, name, sample) for name in get_args(Impl) if name != "auto"}
+
+
 def available_impls(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Names that `impl=` accepts for `op` on float32 tensors of `device`, the one auto takes first.
 
@@ -88,7 +94,6 @@ def available_impls(op: str, device: str | torch.device = "cpu") -> tuple[str, .
 
     if op not in reference.__all__:
         raise ValueError(f"available_impls: `op` is {op!r}, expected one of {', '.join(reference.__all__)}")
-    sample = torch.empty(1, 2, device=device)
-    names = [name for name in get_args(Impl) if name != "auto" and _reason(op, name, sample) is None]
-    first = resolve(op, "auto", sample)
+    names = [name for name, reason in reasons(op, device).items() if reason is None]
+    first = resolve(op, "auto", torch.empty(1, 2, device=device))
     return (first, *(name for name in names if name != first))

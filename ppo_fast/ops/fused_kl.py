@@ -1,45 +1,70 @@
-"""Exact KL of two rows of logits by the Triton kernels, as a `torch.library` operator with both gradients."""
+"""Exact KL of two rows of logits as a `torch.library` operator with both gradients: C++ on a CPU, Triton on a GPU."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.row_grid import row_grid
+from ppo_fast.ops import native_rows
+from ppo_fast.ops.fused_estimate import widest
+from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
+
+STATE = {"cpu": native_rows.POLICY_STATE, "triton": 5}  # numbers of a row
 
 
-def scalar_tensor(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number as a float32 0-d tensor, or a float32 tensor of per-row values, contiguous and without gradient.
+def scalar_tensor(value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A number as a 0-d tensor of `dtype`, or a tensor of per-row values, contiguous and without gradient.
 
     By a product under torch.compile, which would compile anew for each value of torch.full's.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float32).contiguous()
+        return value.detach().to(dtype).contiguous()
     if torch.compiler.is_compiling():
-        return torch.ones((), dtype=torch.float32, device=device) * value
-    return torch.full((), value, dtype=torch.float32, device=device)
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """KL(pi || ref) of each row, float32 [...], differentiable in both logits; see `ppo_fast.kl_from_logits`."""
-    return kl_rows(logits, ref_logits, scalar_tensor(temperature, logits.device))[0]
+def number_dtype(impl: str) -> torch.dtype:
+    """The dtype in which an implementation takes the numbers of a call."""
+    return torch.float64 if impl == "cpu" else torch.float32
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, impl: str) -> Tensor:
+    """KL(pi || ref) of each row, [...], differentiable in both logits; see `ppo_fast.kl_from_logits`."""
+    numbers = scalar_tensor(temperature, logits.device, number_dtype(impl))
+    return kl_rows(logits, ref_logits, numbers, impl)[0]
+
+
+def rows_of_one_arithmetic(logits: Tensor, ref_logits: Tensor | None) -> tuple[RowGrid, RowGrid | None]:
+    """The rows of both, copied to float64 where only the other one is."""
+    dtype = widest(logits, ref_logits)
+    rows, ref_rows = (
+        None if x is None else row_grid(x if dtype == torch.float32 else x.to(dtype))
+        for x in (logits, ref_logits)
+    )
+    assert rows is not None
+    return rows, ref_rows
 
 
 @torch.library.custom_op("ppo_fast::kl_rows", mutates_args=())
-def kl_rows(logits: Tensor, ref_logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Operator behind `exact_kl`; its second output [N, 5] is what the backward needs of each row."""
+def kl_rows(logits: Tensor, ref_logits: Tensor, temperature: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Operator behind `exact_kl`; its second output is what the backward needs of each row."""
+    if impl == "cpu":
+        rows, ref_rows = rows_of_one_arithmetic(logits, ref_logits)
+        assert ref_rows is not None
+        return native_rows.kl_forward(rows, ref_rows, temperature)
     from ppo_fast.kernels import kl
 
-    rows, ref_rows = row_grid(logits), row_grid(ref_logits)
+    rows, ref_rows = gpu_row_grid(logits), gpu_row_grid(ref_logits)
     return kl.kl_forward(
         rows.logits, ref_rows.logits, temperature, grid=rows.strides, ref_grid=ref_rows.strides
     )
 
 
 @kl_rows.register_fake
-def _(logits: Tensor, ref_logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
-    return kl, logits.new_empty((kl.numel(), 5), dtype=torch.float32)
+def _(logits: Tensor, ref_logits: Tensor, temperature: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    kl = logits.new_empty(logits.shape[:-1], dtype=widest(logits, ref_logits))
+    return kl, logits.new_empty((kl.numel(), STATE[impl]), dtype=number_dtype(impl))
 
 
 @torch.library.custom_op("ppo_fast::kl_rows_backward", mutates_args=())
@@ -47,28 +72,35 @@ def kl_rows_backward(
     logits: Tensor,
     ref_logits: Tensor,
     temperature: Tensor,
+    impl: str,
     stats: Tensor,
     grad_kl: Tensor,
     of_logits: bool,
     of_ref_logits: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both logits; the one not asked for is empty."""
-    from ppo_fast.kernels import kl
+    wanted = {"of_logits": of_logits, "of_ref_logits": of_ref_logits}
+    if impl == "cpu":
+        rows, ref_rows = rows_of_one_arithmetic(logits, ref_logits)
+        assert ref_rows is not None
+        grads = native_rows.kl_backward(rows, ref_rows, temperature, stats, grad_kl, **wanted)
+    else:
+        from ppo_fast.kernels import kl
 
-    rows, ref_rows = row_grid(logits), row_grid(ref_logits)
-    grads = kl.kl_backward(
-        rows.logits,
-        ref_rows.logits,
-        temperature,
-        stats,
-        grad_kl.to(torch.float32).contiguous(),
-        of_logits=of_logits,
-        of_ref_logits=of_ref_logits,
-        grid=rows.strides,
-        ref_grid=ref_rows.strides,
-    )
+        rows, ref_rows = gpu_row_grid(logits), gpu_row_grid(ref_logits)
+        grads = kl.kl_backward(
+            rows.logits,
+            ref_rows.logits,
+            temperature,
+            stats,
+            grad_kl.to(torch.float32).contiguous(),
+            grid=rows.strides,
+            ref_grid=ref_rows.strides,
+            **wanted,
+        )
     first, second = (
-        x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (logits, ref_logits), strict=True)
+        x.new_empty(0) if grad is None else grad.to(x.dtype)
+        for grad, x in zip(grads, (logits, ref_logits), strict=True)
     )
     return first, second
 
@@ -78,6 +110,7 @@ def _(
     logits: Tensor,
     ref_logits: Tensor,
     temperature: Tensor,
+    impl: str,
     stats: Tensor,
     grad_kl: Tensor,
     of_logits: bool,
@@ -90,18 +123,20 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any, grad_kl: Tensor | None, _grad_stats: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None]:
     of_logits, of_ref_logits = ctx.needs_input_grad[:2]
     if grad_kl is None:
-        return None, None, None
-    grads = kl_rows_backward(*ctx.saved_tensors, grad_kl, of_logits, of_ref_logits)
-    return grads[0] if of_logits else None, grads[1] if of_ref_logits else None, None
+        return None, None, None, None
+    *tensors, stats = ctx.saved_tensors
+    grads = kl_rows_backward(*tensors, ctx.impl, stats, grad_kl, of_logits, of_ref_logits)
+    return grads[0] if of_logits else None, grads[1] if of_ref_logits else None, None, None
 
 
 kl_rows.register_autograd(_backward, setup_context=_save_for_backward)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_fast import build
 from ppo_fast.ops.backends import CPU_DTYPES, large_empty, unavailable
-from ppo_fast.ops.row_grid import RowGrid, row_grid
+from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 
 
 def logprobs_and_entropy(
@@ -80,7 +80,7 @@ def logprob_entropy(
     logits: Tensor, labels: Tensor, temperature: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Operator behind `logprobs_and_entropy`; its third output [N, 3] is what the backward needs of each row."""
-    rows = row_grid(logits)
+    rows = row_grid(logits) if impl == "cpu" else gpu_row_grid(logits)
     labels = labels.contiguous()
     if impl == "cpu":
         return _cpu_forward(rows, labels, _flat(temperature, _temperature_dtype(impl)))
@@ -114,7 +114,7 @@ def logprob_entropy_backward(
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """Gradient [..., V] of the operator above from the gradients of its outputs; None stands for zeros."""
-    rows = row_grid(logits)
+    rows = row_grid(logits) if impl == "cpu" else gpu_row_grid(logits)
     labels = labels.contiguous()
     grads = [
         None if grad is None else _flat(grad, _output_dtype(logits)) for grad in (grad_logprobs, grad_entropy)

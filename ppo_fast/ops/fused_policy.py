@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops.backends import comparable
+from ppo_fast.ops.fused_estimate import packed
 from ppo_fast.ops.fused_kl import scalar_tensor
 from ppo_fast.records import PolicyLoss
 
@@ -15,6 +16,7 @@ TOKEN_STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")  # in th
 
 def pack_coefficients(
     device: torch.device,
+    impl: str,
     *,
     clip_low: float,
     clip_high: float,
@@ -24,7 +26,7 @@ def pack_coefficients(
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """The numbers of a call as one float32 tensor on the device, and the normalizer, a 0-d tensor, if there is one.
+    """The numbers of a call as one tensor on the device, and the normalizer, a 0-d tensor, if there is one.
 
     Read there at run time, so that another value compiles nothing anew, and a CUDA graph may be captured.
     """
@@ -38,16 +40,12 @@ def pack_coefficients(
         kl_coef,
         own if normalizer is None or isinstance(normalizer, Tensor) else normalizer,
     )
-    if torch.compiler.is_compiling():
-        one = torch.ones((), dtype=torch.float32, device=device)
-        packed = torch.stack([one * value for value in values])
-    else:
-        from ppo_fast.kernels import surrogate
-
-        packed = surrogate.pack_coefficients(values, device)
+    numbers = packed(values, device, impl)
     if normalizer is None:
-        return packed, None
-    return packed, scalar_tensor(normalizer, device) if isinstance(normalizer, Tensor) else packed[-1].clone()
+        return numbers, None
+    if isinstance(normalizer, Tensor):
+        return numbers, scalar_tensor(normalizer, device, numbers.dtype)
+    return numbers, numbers[-1].clone()
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -66,13 +64,13 @@ def policy_loss(
     **coefficients: Any,
 ) -> PolicyLoss:
     """Run `ppo_fast.policy_loss` in two launches, and one for the gradient."""
-    packed, normalizer = pack_coefficients(logprobs.device, **coefficients)
+    numbers, normalizer = pack_coefficients(logprobs.device, "triton", **coefficients)
     loss, stats, kept, _, _ = clipped_policy_loss(
         logprobs,
         old_logprobs.detach(),
         advantages.detach(),
         comparable(mask),
-        packed,
+        numbers,
         normalizer,
         cu_seqlens,
         reduction,

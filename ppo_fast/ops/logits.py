@@ -123,7 +123,7 @@ def kl_from_logits(
         logits: [..., V], floating. A column at -inf adds 0, also where `ref_logits` is -inf too.
         ref_logits: [..., V], floating. A column at -inf here alone makes the KL infinite, and its gradient NaN.
         temperature: of both; a float above 0, or a tensor [...], one a row; it gets no gradient.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         [...], float32 (float64 for float64), differentiable in `logits` and `ref_logits`:
@@ -138,8 +138,9 @@ def kl_from_logits(
     check = _check_rows("kl_from_logits", logits, temperature)
     check.floats(logits.shape, "shape of logits", ref_logits=ref_logits)
     check.logits(None, ref_logits=ref_logits)
-    if dispatch.resolve("kl_from_logits", impl, logits) == "reference":
+    runs = dispatch.resolve("kl_from_logits", impl, logits, ref_logits)
+    if runs == "reference":
         return reference.kl_from_logits(logits, ref_logits, temperature=temperature)
     from ppo_fast.ops import fused_kl
 
-    return fused_kl.exact_kl(logits, ref_logits, temperature)
+    return fused_kl.exact_kl(logits, ref_logits, temperature, runs)

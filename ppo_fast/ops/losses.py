@@ -182,7 +182,9 @@ def policy_loss_from_logits(
     check_policy(check, old_logprobs, advantages, mask, logits.shape[:-1], **surrogate)
     check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
     check.optional_floats(logits.shape, "shape of logits", ref_logits=ref_logits)
-    if kl_coef != 0 and ref_logits is None:
+    if (
+        ref_logits is None and kl_coef != 0
+    ):  # in this order: torch.compile would compile anew for a coefficient of 0
         check.fail("ref_logits", "is None", f"a tensor, since `kl_coef` is {kl_coef}")
     check.flag("inplace_backward", inplace_backward)
     check.logits(mask, logits=logits, ref_logits=ref_logits)
@@ -194,11 +196,12 @@ def policy_loss_from_logits(
         "temperature": temperature,
         "inplace_backward": inplace_backward,
     }
-    if dispatch.resolve("policy_loss_from_logits", impl, logits) == "reference":
+    runs = dispatch.resolve("policy_loss_from_logits", impl, logits, ref_logits)
+    if runs == "reference":
         return reference.policy_loss_from_logits(*tokens_of, **surrogate)
     from ppo_fast.ops import fused_policy_rows
 
-    return fused_policy_rows.policy_loss_from_logits(*tokens_of, **surrogate)
+    return fused_policy_rows.policy_loss_from_logits(*tokens_of, impl=runs, **surrogate)
 
 
 def value_loss(

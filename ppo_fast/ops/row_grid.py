@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,20 @@ class RowGrid:
             apart &= size <= 1 or stride >= extent
             extent = max(extent, stride * (size - 1) + extent)
         return apart and self.logits is original
+
+
+def gpu_row_grid(logits: Tensor) -> RowGrid:
+    """Return the rows of `logits` as the Triton kernels take them, copied where they do not lie so.
+
+    Of a vocabulary that divides by 16 every row begins on a multiple of 16 elements and of 16 bytes: the layout of a
+    load, and with it the order of a sum, is then a matter of the vocabulary alone.
+    """
+    rows = row_grid(logits)
+    strides = (rows.outer_stride, rows.inner_stride)
+    lie_so = all(stride % 16 == 0 for stride in strides) and rows.logits.data_ptr() % 16 == 0
+    if logits.shape[-1] % 16 == 0 and not lie_so:
+        return row_grid(logits.clone(memory_format=torch.contiguous_format))
+    return rows
 
 
 def row_grid(logits: Tensor) -> RowGrid:
