@@ -373,9 +373,6 @@ def test_operators_are_well_formed(with_ref: bool) -> None:
     arguments = (*others, torch.tensor(0.7), ref, packed, normalizer, "token-mean")
     torch.library.opcheck(fused_policy_rows.policy_loss_rows, (logits.clone().requires_grad_(), *arguments))
     torch.library.opcheck(fused_policy_rows.policy_loss_rows_inplace, (logits.clone(), *arguments))
-    logprobs = torch.randn(3, 4, requires_grad=True)
-    rest = (tensors["old_logprobs"], tensors["advantages"], tensors["mask"], packed, normalizer, None)
-    torch.library.opcheck(fused_policy.clipped_policy_loss, (logprobs, *rest, "seq-mean-token-mean"))
 
 
 @pytest.mark.parametrize("inplace", MODES)
