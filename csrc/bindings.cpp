@@ -1,68 +1,16 @@
 // Every check of the native code in one place, and the table of what Python sees last. Tensors come as addresses, sizes,
 // strides in elements and a dtype code: no torch header is read, so one binary serves every torch version.
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <new>
 #include <string>
 
-#include "bindings.h"
+#include "checks.h"
 #include "cpu/experience.h"
 #include "cpu/logits.h"
 #include "cpu/memory.h"
 #include "dlpack.h"
 
-namespace py = pybind11;
 using namespace ppo_fast;
-
-namespace {
-
-constexpr Isa kIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kPortable};  // best first
-
-const char* name_of(Isa isa) {
-  switch (isa) {
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kPortable:
-      return "portable";
-  }
-  return "unknown";
-}
-
-Isa isa_named(const std::string& name) {
-  for (Isa isa : kIsas) {
-    if (name != name_of(isa)) continue;
-    require(isa_supported(isa), "isa: this machine cannot run '" + name + "'");
-    return isa;
-  }
-  throw py::value_error("isa is '" + name + "', expected one of avx512, avx2, portable");
-}
-
-}  // namespace
-
-namespace ppo_fast {
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw py::value_error(message);
-}
-
-RunOn checked_run(int threads, const std::string& isa) {
-  require(threads >= 1, "threads is " + std::to_string(threads) + ", expected 1 or more");
-  return {threads, isa_named(isa)};
-}
-
-void require_labels(const RowGrid& grid) {
-  require(grid.rows == 0 || grid.labels != nullptr, "labels is a null address");
-}
-
-DType checked_dtype(int dtype) {
-  require(dtype >= 0 && dtype <= 3, "dtype is code " + std::to_string(dtype) + ", expected 0 to 3");
-  return static_cast<DType>(dtype);
-}
-
-}  // namespace ppo_fast
 
 namespace {
 
@@ -122,26 +70,6 @@ void backward(const RowGrid& grid, std::uintptr_t stats, std::uintptr_t grad_log
 void exp_probe(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::string& isa) {
   require(n == 0 || (x != 0 && y != 0), "x or y is a null address");
   exp_float32(pointer<const float>(x), pointer<float>(y), n, isa_named(isa));
-}
-
-TokenRows checked_rows(const char* name, const py::tuple& rows) {
-  require(rows.size() == 3, std::string(name) + " has " + std::to_string(rows.size()) + " parts, expected 3");
-  const int dtype = rows[1].cast<int>();
-  require(dtype >= 0 && dtype <= 3, std::string(name) + " has dtype code " + std::to_string(dtype) + ", expected 0 to 3");
-  return {pointer<const void>(rows[0].cast<std::uintptr_t>()), static_cast<DType>(dtype), rows[2].cast<std::int64_t>()};
-}
-
-DType checked_compute(int compute) {
-  require(compute == 0 || compute == 1, "compute is code " + std::to_string(compute) + ", expected 0 or 1");
-  return static_cast<DType>(compute);
-}
-
-void check_starts(const std::int64_t* cu_seqlens, std::int64_t sequences, std::int64_t tokens) {
-  if (cu_seqlens == nullptr) return;
-  for (std::int64_t s = 0; s < sequences; ++s) {
-    require(cu_seqlens[s] >= 0 && cu_seqlens[s] <= cu_seqlens[s + 1] && cu_seqlens[s + 1] <= tokens,
-            "cu_seqlens does not rise from 0 to " + std::to_string(tokens) + " at sequence " + std::to_string(s));
-  }
 }
 
 // Token tensors come as (address, dtype code, row stride), 0 for an address that is not given.
@@ -345,8 +273,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("whiten_by_parts", &whiten, py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("size"), py::arg("compute"),
         py::arg("parts"), py::arg("count"), py::arg("unbiased"), py::arg("threads"), py::arg("isa"));
   m.def("merge_parts", &merge, py::kw_only(), py::arg("parts"), py::arg("count"), py::arg("whole"));
+  define_token_ops(m);
+  define_policy_ops(m);
   m.def("large_block", &large_block, py::arg("bytes"), "Uninitialised bytes as a DLPack capsule.");
-  bind_policy(m);
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");

@@ -4,7 +4,9 @@
 // As in row.h all is said of d = (x - top) / T, and of the gap d - d_ref of a column, which is log p - log q up to a
 // constant of the row: the difference is taken column by column before anything is summed, so that two nearly equal rows
 // do not cancel.
+#include "cpu/blocks.h"
 #include "row.h"
+#include "surrogate.h"
 
 namespace ppo_fast {
 namespace PPO_FAST_ISA {
@@ -210,8 +212,16 @@ inline void state_backward(const RowGrid& grid, const RefGrid& ref, std::int64_t
   }
 }
 
+// d term / d logprob of one token, in the lanes of a register like those of many.
+template <class C>
+inline C slope_of(C log_ratio, C advantage, const Clip<C>& clip) {
+  using V = typename Lanes<C>::Vec;
+  const C ratio = exp_any(held(log_ratio, clip.log_ratio_clamp));
+  return clipped_term(V{} + log_ratio, V{} + ratio, V{} + advantage, clip).slope[0];
+}
+
 template <class T>
-inline void policy_row(const PolicyIn& in, const PolicyOut& out, const ClipRange<Compute<T>>& clip, std::int64_t r) {
+inline void policy_row(const PolicyIn& in, const PolicyOut& out, const Clip<Compute<T>>& clip, std::int64_t r) {
   using C = Compute<T>;
   const T* x = row_start<T>(in.grid, r);
   const C weight = static_cast<const C*>(in.weights)[r];
@@ -230,9 +240,9 @@ inline void policy_row(const PolicyIn& in, const PolicyOut& out, const ClipRange
     entropy = static_cast<C>(log_total - state.stats.mean);
     if (beside) kl = static_cast<C>(state.mean_gap - std::log(state.stats.total / state.ref_total));
     const C old = static_cast<const C*>(in.old_logprobs)[r], advantage = static_cast<const C*>(in.advantages)[r];
-    state.g_logprob = weight * surrogate(logprob - old, advantage, clip).slope;
-    state.g_entropy = -weight * in.entropy_coef;
-    state.g_kl = beside ? weight * in.kl_coef : 0.0;
+    state.g_logprob = weight * slope_of<C>(logprob - old, advantage, clip);
+    state.g_entropy = -weight * in.of.entropy_coef;
+    state.g_kl = beside ? weight * in.of.kl_coef : 0.0;
   }
   static_cast<C*>(out.logprobs)[r] = logprob;
   static_cast<C*>(out.entropy)[r] = entropy;
@@ -247,8 +257,7 @@ inline void policy_row(const PolicyIn& in, const PolicyOut& out, const ClipRange
 template <class T>
 void policy_rows(const PolicyIn& in, const PolicyOut& out, std::int64_t begin, std::int64_t end) {
   using C = Compute<T>;
-  const ClipRange<C> clip{static_cast<C>(in.low), static_cast<C>(in.high), static_cast<C>(in.dual_clip),
-                          static_cast<C>(in.log_ratio_clamp)};
+  const Clip<C> clip(in.of);
   for (std::int64_t r = begin; r < end; ++r) policy_row<T>(in, out, clip, r);
 }
 
@@ -257,11 +266,11 @@ void policy_gradients(const RowGrid& grid, const RefGrid& ref, const PolicyState
                       std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
     PolicyState state = states[r];
-    state.g_logprob *= grad_loss;
-    state.g_entropy *= grad_loss;
-    state.g_kl *= grad_loss;
+    for (double* g : {&state.g_logprob, &state.g_entropy, &state.g_kl}) {
+      if (*g != 0.0) *g *= grad_loss;  // 0 stays 0 under inf and NaN: it may mean that there is nothing to read
+    }
     T* dx = out == nullptr ? const_cast<T*>(row_start<T>(grid, r)) : static_cast<T*>(out) + r * grid.vocab;
-    state_backward(grid, ref, r, is_read(states[r]) ? state : PolicyState{}, dx);
+    state_backward(grid, ref, r, state, dx);
   }
 }
 

@@ -5,83 +5,10 @@
 // zeros, so that a token's result does not depend on the padding after it. Where a whole block counts, its recurrence is a
 // scan inside the register; else it is taken slot by slot.
 
+#include "cpu/blocks.h"
+
 namespace ppo_fast {
 namespace PPO_FAST_ISA {
-
-constexpr std::int64_t kTile = 512;  // tokens converted at once where an input is not in the dtype of the arithmetic
-
-template <class C, class T>
-inline void widen_block(const T* x, std::int64_t n, C* y) {
-  for (std::int64_t i = 0; i < n; ++i) y[i] = static_cast<C>(widen(x[i]));
-}
-
-template <class C>
-inline void load_block(const TokenRows& rows, std::int64_t at, std::int64_t n, C* y) {
-  switch (rows.dtype) {
-    case DType::kFloat32:
-      widen_block(static_cast<const float*>(rows.data) + at, n, y);
-      break;
-    case DType::kFloat64:
-      widen_block(static_cast<const double*>(rows.data) + at, n, y);
-      break;
-    case DType::kBFloat16:
-      widen_block(static_cast<const BFloat16*>(rows.data) + at, n, y);
-      break;
-    case DType::kFloat16:
-      widen_block(static_cast<const Float16*>(rows.data) + at, n, y);
-      break;
-  }
-}
-
-template <class C, class T>
-inline void narrow_to(const C* x, std::int64_t n, T* y) {
-  for (std::int64_t i = 0; i < n; ++i) y[i] = narrow<T>(x[i]);
-}
-
-template <class C>
-inline void narrow_block(const C* x, std::int64_t n, DType dtype, void* out, std::int64_t at) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return narrow_to(x, n, static_cast<float*>(out) + at);
-    case DType::kFloat64:
-      return narrow_to(x, n, static_cast<double*>(out) + at);
-    case DType::kBFloat16:
-      return narrow_to(x, n, static_cast<BFloat16*>(out) + at);
-    case DType::kFloat16:
-      return narrow_to(x, n, static_cast<Float16*>(out) + at);
-  }
-}
-
-// e^x in float, relative error below 2e-7, as code that the vectoriser takes: x = n ln 2 + r, and 2^n in two factors, since
-// 2^128 is no float though e^x may be one. The polynomial is that of lanes.h.
-inline float exp_any(float x) {
-  const float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the last bits
-  const float bounded = x > 90.0f ? 90.0f : x < -105.0f ? -105.0f : x;
-  const float shifted = bounded * 1.44269504f + kShift;
-  const float n = shifted - kShift;
-  const float r = (bounded - n * 0.693145751953125f) - n * 1.42860682e-6f;
-  float q = r * 0.0013814539f + 0.0083687454f;
-  q = q * r + 0.041668389f;
-  q = q * r + 0.16666521f;
-  q = q * r + 0.49999994f;
-  const float y = (q * r) * r + r + 1.0f;
-  const std::int32_t power = static_cast<std::int32_t>(n);
-  const std::int32_t half = power >> 1;
-  const float factor = float_of(static_cast<std::uint32_t>(half + 127) << 23);
-  const float rest = float_of(static_cast<std::uint32_t>(power - half + 127) << 23);
-  return x == x ? y * factor * rest : x;
-}
-inline double exp_any(double x) { return std::exp(x); }
-
-// e^x - 1 - x >= 0: by its series near 0, where the difference would cancel.
-template <class C>
-inline C expm1_less_x(C x) {
-  C series = 1 + x / 9 * (1 + x / 10 * (1 + x / 11 * (1 + x / 12)));
-  series = 1 + x / 6 * (1 + x / 7 * (1 + x / 8 * series));
-  series = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * series)));
-  const C near = sizeof(C) == sizeof(float) ? C(1) : C(0.125);
-  return x < near && x > -near ? series : exp_any(x) - 1 - x;
-}
 
 // The estimate of KL(pi || ref) from d = logprob - ref_logprob; a loop for each kind, so that each is vectorised.
 template <class C>
@@ -94,7 +21,7 @@ inline void kl_block(const C* d, std::int64_t width, KlKind kind, C* kl) {
       for (std::int64_t i = 0; i < width; ++i) kl[i] = d[i] * d[i] / 2;
       break;
     case KlKind::kK3:
-      for (std::int64_t i = 0; i < width; ++i) kl[i] = expm1_less_x(-d[i]);
+      for (std::int64_t i = 0; i < width; ++i) kl[i] = expm1_less_x<C>(-d[i], exp_any(-d[i]));
       break;
     case KlKind::kAbs:
       for (std::int64_t i = 0; i < width; ++i) kl[i] = d[i] < 0 ? -d[i] : d[i];
@@ -113,18 +40,12 @@ inline void kl_slope_block(const C* d, std::int64_t width, KlKind kind, C* slope
       for (std::int64_t i = 0; i < width; ++i) slope[i] = d[i];
       break;
     case KlKind::kK3:
-      for (std::int64_t i = 0; i < width; ++i) slope[i] = d[i] - expm1_less_x(-d[i]);
+      for (std::int64_t i = 0; i < width; ++i) slope[i] = d[i] - expm1_less_x<C>(-d[i], exp_any(-d[i]));
       break;
     case KlKind::kAbs:
       for (std::int64_t i = 0; i < width; ++i) slope[i] = d[i] > 0 ? C(1) : d[i] < 0 ? C(-1) : C(0) * d[i];
       break;
   }
-}
-
-// NaN stays NaN.
-template <class C>
-inline C held(C x, C bound) {
-  return x > bound ? bound : x < -bound ? -bound : x;
 }
 
 // x moved K lanes towards the first, filled from the right with the first lanes of `fill`.
@@ -345,16 +266,6 @@ inline void zero_slots(const TilePointers<C>& at, std::int64_t n) {
   }
 }
 
-// One past the last of n slots that counts, 0 for none.
-inline std::int64_t end_of_counted(const std::uint8_t* mask, std::int64_t n) {
-  for (std::uint64_t eight; n >= 8; n -= 8) {
-    std::memcpy(&eight, mask + n - 8, 8);
-    if (eight != 0) break;
-  }
-  while (n > 0 && mask[n - 1] == 0) --n;
-  return n;
-}
-
 // The slots [start, start + n) of a sequence.
 template <bool kUsual, class C>
 inline void one_tile(const TilePointers<C>& tile, const Shaping<C>& shaping, const Recurrence<C>& recurrence,
@@ -373,28 +284,6 @@ inline void one_tile(const TilePointers<C>& tile, const Shaping<C>& shaping, con
       mixed_block(tile.from(first), shaping, recurrence, paid - first, size, carry);
     }
   }
-}
-
-// `rows` from slot `at` as numbers of the arithmetic: where they lie, or converted into `buffer`.
-template <class C>
-inline const C* as_compute(const TokenRows& rows, std::int64_t at, std::int64_t n, C* buffer) {
-  if (rows.data == nullptr) return nullptr;
-  if (rows.dtype == (sizeof(C) == sizeof(float) ? DType::kFloat32 : DType::kFloat64)) {
-    return static_cast<const C*>(rows.data) + at;
-  }
-  load_block(rows, at, n, buffer);
-  return buffer;
-}
-
-struct Span {
-  std::int64_t first;
-  std::int64_t size;
-};
-
-// The slots of a sequence in a contiguous output.
-inline Span span_of(const std::int64_t* cu_seqlens, std::int64_t tokens, std::int64_t sequence) {
-  if (cu_seqlens == nullptr) return {sequence * tokens, tokens};
-  return {cu_seqlens[sequence], cu_seqlens[sequence + 1] - cu_seqlens[sequence]};
 }
 
 constexpr std::int64_t kStep = 16;   // slots of padding taken at a time: a cache line of float

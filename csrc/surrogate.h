@@ -1,53 +1,57 @@
-// The clipped surrogate of one token.
-#pragma once
-
-#include <cmath>
-#include <limits>
+// The clipped surrogate of a register of tokens. Included for every instruction set after cpu/blocks.h; hence no guard.
 
 namespace ppo_fast {
+namespace PPO_FAST_ISA {
 
 template <class C>
-struct Surrogate {
-  C term;
-  C slope;  // d term / d logprob
-  bool is_clipped;
-};
-
-template <class C>
-struct ClipRange {
+struct Clip {
   C low;
   C high;
-  C dual_clip;        // infinity for none
-  C log_ratio_clamp;  // infinity for none
+  C dual_clip;
+  C log_ratio_clamp;
+  C limit = sizeof(C) == sizeof(float) ? C(87.72283905206835) : C(708.782712893384);  // 1 below where exp overflows
+  C exp_limit = exp_any(limit);
+
+  explicit Clip(const PolicyCoefficients& of)
+      : low(static_cast<C>(of.low)),
+        high(static_cast<C>(of.high)),
+        dual_clip(static_cast<C>(of.dual_clip)),
+        log_ratio_clamp(static_cast<C>(of.log_ratio_clamp)) {}
 };
 
-// ratio = e^log_ratio; term = max(-A ratio, -A clip(ratio, low, high)), and at most -c A where A < 0. A tie of max or min
-// splits the gradient in halves, a clip passes it at its bounds.
-template <class C>
-inline Surrogate<C> surrogate(C log_ratio, C advantage, const ClipRange<C>& clip) {
-  const C infinity = std::numeric_limits<C>::infinity();
-  const C limit = std::log(std::numeric_limits<C>::max()) - 1;
-  const bool stopped = log_ratio > clip.log_ratio_clamp || log_ratio < -clip.log_ratio_clamp;
-  C held = log_ratio > clip.log_ratio_clamp ? clip.log_ratio_clamp : log_ratio;
-  held = held < -clip.log_ratio_clamp ? -clip.log_ratio_clamp : held;
-  // Where another branch bounds the term the ratio may overflow harmlessly: held finite, else inf * 0 follows.
-  const bool overflows = (clip.dual_clip < infinity || advantage > 0) && held > limit;
-  const C ratio = advantage == 0 ? C(1) : std::exp(overflows ? limit : held);
-  const C plain = -advantage * ratio;
-  const bool inside = ratio >= clip.low && ratio <= clip.high;
-  const C clipped = -advantage * (ratio < clip.low ? clip.low : ratio > clip.high ? clip.high : ratio);
-  const bool is_clipped = clipped > plain;
-  const C term = is_clipped ? clipped : plain;
+template <class V>
+struct ClippedTerm {
+  V term;
+  V slope;      // d term / d logprob
+  V is_clipped;  // 1 or 0
+};
 
-  const C of_plain = is_clipped ? C(0) : plain == clipped ? C(0.5) : C(1);
-  C passes = inside ? C(1) : of_plain;
-  const C cap = advantage < 0 ? -clip.dual_clip * advantage : infinity;
-  if (term > cap) passes = 0;
-  if (term == cap) passes *= C(0.5);
-  if (overflows || stopped) passes = 0;
+// term = max(-A ratio, -A clip(ratio, low, high)), and at most -c A where A < 0. A tie of max or min splits the gradient in
+// halves, a clip passes it at its bounds. exp_held is e^log_ratio with log_ratio held by its clamp.
+template <class C, class V>
+inline ClippedTerm<V> clipped_term(V log_ratio, V exp_held, V advantage, const Clip<C>& clip) {
+  const V zero{}, one = zero + C(1), half = zero + C(0.5), infinity = zero + C(HUGE_VAL);
+  const auto stopped = (log_ratio > clip.log_ratio_clamp) | (log_ratio < -clip.log_ratio_clamp);
+  // Where another branch bounds the term the ratio may overflow harmlessly: held finite, else inf * 0 follows.
+  const C bounded_above = clip.dual_clip < C(HUGE_VAL) ? -C(HUGE_VAL) : C(0);
+  const auto overflows = (advantage > bounded_above) & (held(log_ratio, clip.log_ratio_clamp) > clip.limit);
+  const V bounded = overflows ? zero + clip.exp_limit : exp_held;
+  const V ratio = advantage != zero ? bounded : one;
+  const V plain = -advantage * ratio;
+  const V low = zero + clip.low, high = zero + clip.high;
+  const V clipped = -advantage * (ratio < low ? low : ratio > high ? high : ratio);
+  const auto is_clipped = clipped > plain;
+  const V term = is_clipped ? clipped : plain;
+
+  const V of_plain = is_clipped ? zero : plain == clipped ? half : one;
+  const V cap = advantage < zero ? -clip.dual_clip * advantage : infinity;
+  V passes = (ratio >= low) & (ratio <= high) ? one : of_plain;
+  passes = term == cap ? half * passes : passes;
+  passes = (term > cap) | overflows | stopped ? zero : passes;
   // A zero advantage has no slope, also where the term is 0 * inf; NaN must not hide behind a zero share.
-  const C slope = passes == 0 && plain == plain ? C(0) : plain * passes;
-  return {term > cap ? cap : term, slope, is_clipped};
+  const V slope = (passes == zero) & (plain == plain) ? zero : plain * passes;
+  return {term > cap ? cap : term, slope, is_clipped ? one : zero};
 }
 
+}  // namespace PPO_FAST_ISA
 }  // namespace ppo_fast

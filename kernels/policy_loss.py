@@ -174,6 +174,12 @@ def policy_rows_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def times(g, x):
+    """g x, and 0 for an x of 0 under any g: a row without a gradient stays without one."""
+    return tl.where(x == 0.0, 0.0, g * x)
+
+
 @triton.jit(do_not_specialize=ROW_STRIDES)
 def policy_gradient_kernel(
     grad_loss_ptr,
@@ -210,10 +216,10 @@ def policy_gradient_kernel(
     top = tl.load(state)
     inverse_total = tl.load(state + 1)
     ref_top = tl.load(state + 2)
-    a = g * tl.load(state + 3)
-    b = g * tl.load(state + 4)
-    c = g * tl.load(state + 5)
-    k = g * tl.load(state + 6)
+    a = times(g, tl.load(state + 3))
+    b = times(g, tl.load(state + 4))
+    c = times(g, tl.load(state + 5))
+    k = times(g, tl.load(state + 6))
     if INPLACE:
         grad_row = grad_logits_ptr + row_origin(row, inner_rows, outer_stride, inner_stride, ALIGNED)
     else:
@@ -243,9 +249,7 @@ def scale_rows_kernel(
     for start in range(0, columns_scaled, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(values + columns, mask=columns < vocab, other=0.0).to(tl.float32)
-        # A row without a gradient stays at 0 under any g, as it does where the gradient is made afterwards.
-        x = tl.where(x == 0.0, 0.0, x * g)
-        tl.store(values + columns, x.to(rows_ptr.dtype.element_ty), mask=columns < vocab)
+        tl.store(values + columns, times(g, x).to(rows_ptr.dtype.element_ty), mask=columns < vocab)
 
 
 def _assert_rows(logits: Tensor, labels: Tensor, ref_logits: Tensor | None) -> None:

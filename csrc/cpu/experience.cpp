@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -16,8 +17,6 @@
 
 namespace ppo_fast {
 namespace {
-
-constexpr double kWhitenEps = 1e-8;  // inside the square root, so that a batch of equal values whitens to 0
 
 struct SequenceOps {
   void (*sequences[2])(const ExperienceIn&, const ExperienceOut&, std::int64_t, std::int64_t);  // float, double
@@ -61,18 +60,9 @@ void kl_estimate(const KlIn& in, RunOn on) {
   parallel_rows(in.size, 1, on.threads, [&](std::int64_t begin, std::int64_t end) { some(in, begin, end); });
 }
 
-// In the order of the parts, by Chan, Golub and LeVeque 1983.
 Moments merge_parts(const Moments* parts, std::int64_t count) {
   Moments whole{0.0, 0.0, 0.0};
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Moments& part = parts[i];
-    if (part.count == 0.0) continue;
-    const double all = whole.count + part.count;
-    const double gap = part.mean - whole.mean;
-    whole.mean = whole.count == 0.0 ? part.mean : whole.mean + gap * (part.count / all);
-    whole.squares += part.squares + gap * gap * (whole.count * part.count / all);
-    whole.count = all;
-  }
+  for (std::int64_t i = 0; i < count; ++i) whole = merged(whole, parts[i]);
   return whole;
 }
 

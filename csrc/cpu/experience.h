@@ -1,6 +1,7 @@
 // The experience stage over sequences of tokens: what a caller passes, and the entry points.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/logits.h"
@@ -46,6 +47,20 @@ struct Moments {
   double mean;
   double squares;
 };
+
+constexpr double kWhitenEps = 1e-8;  // inside the square root, so that a batch of equal values whitens to 0
+
+// Of two parts as of one, by Chan, Golub and LeVeque 1983.
+inline Moments merged(const Moments& whole, const Moments& part) {
+  if (part.count == 0.0) return whole;
+  if (whole.count == 0.0) return part;
+  const double all = whole.count + part.count;
+  const double gap = part.mean - whole.mean;
+  const double between = gap * gap * (whole.count * part.count / all);
+  // An infinite mean stays so: its gap to the next part is infinite as well, and they would cancel into NaN.
+  const double mean = std::isfinite(gap) ? whole.mean + gap * (part.count / all) : whole.mean + part.mean;
+  return {all, mean, whole.squares + part.squares + between};
+}
 
 enum class Whiten : int { kNo = 0, kBiased = 1, kUnbiased = 2 };
 
@@ -109,6 +124,7 @@ void experience_forward(const ExperienceIn& in, const ExperienceOut& out, Whiten
 void whiten_by_parts(void* x, const std::uint8_t* mask, std::int64_t size, DType compute, const Moments* parts,
                      std::int64_t count, bool unbiased, RunOn on);
 
+// In the order of the parts.
 Moments merge_parts(const Moments* parts, std::int64_t count);
 
 }  // namespace ppo_fast

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/halves.h"
 #include "cpu/row_start.h"
 #include "cpu/threads.h"
-#include "surrogate.h"
 
 #define PPO_FAST_BODY "policy_row.h"
 #include "cpu/every_isa.h"

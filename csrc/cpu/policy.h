@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/logits.h"
+#include "cpu/losses.h"
 
 namespace ppo_fast {
 
@@ -36,12 +37,7 @@ struct PolicyIn {
   const void* old_logprobs;
   const void* advantages;
   const void* weights;  // d loss / d term of each row, -inf where it does not count
-  double low;           // of the ratio
-  double high;
-  double dual_clip;        // infinity for none
-  double log_ratio_clamp;  // infinity for none
-  double entropy_coef;
-  double kl_coef;
+  PolicyCoefficients of;
 };
 
 struct PolicyOut {

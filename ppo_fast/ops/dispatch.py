@@ -26,7 +26,6 @@ def _backend(impl: str) -> Probe:
 
 
 _NATIVE_AND_TRITON = {"cpu": _backend("cpu"), "triton": _backend("triton")}
-_TRITON = {"triton": _backend("triton")}
 _TABLE: dict[str, dict[str, Probe]] = {
     "entropy_from_logits": _NATIVE_AND_TRITON,
     "logprobs_and_entropy_from_logits": _NATIVE_AND_TRITON,
@@ -35,14 +34,14 @@ _TABLE: dict[str, dict[str, Probe]] = {
     "kl_estimate": _NATIVE_AND_TRITON,
     "kl_shaped_rewards": _NATIVE_AND_TRITON,
     "shaped_gae": _NATIVE_AND_TRITON,
+    "masked_mean": _NATIVE_AND_TRITON,
+    "masked_var": _NATIVE_AND_TRITON,
+    "masked_whiten": _NATIVE_AND_TRITON,
+    "masked_rescale": _NATIVE_AND_TRITON,
+    "policy_loss": _NATIVE_AND_TRITON,
+    "value_loss": _NATIVE_AND_TRITON,
     "kl_from_logits": _NATIVE_AND_TRITON,
     "policy_loss_from_logits": _NATIVE_AND_TRITON,
-    "masked_mean": _TRITON,
-    "masked_var": _TRITON,
-    "masked_whiten": _TRITON,
-    "masked_rescale": _TRITON,
-    "policy_loss": _TRITON,
-    "value_loss": _TRITON,
 }
 
 

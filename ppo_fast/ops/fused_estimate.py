@@ -14,10 +14,15 @@ COMPUTE = {torch.float32: 0, torch.float64: 1}  # codes of the arithmetic
 COEFFICIENTS = 7  # as many as a launch packs
 
 
+def coefficient_dtype(impl: str) -> torch.dtype:
+    """The dtype in which `impl` reads the numbers of a call."""
+    return torch.float64 if impl == "cpu" else torch.float32
+
+
 def packed(numbers: tuple[float, ...], device: torch.device, impl: str) -> Tensor:
     """The numbers of a call as a tensor, so that another value compiles nothing anew; filled up with 0."""
     filled = (*numbers, *(0.0,) * (COEFFICIENTS - len(numbers)))
-    dtype = torch.float64 if impl == "cpu" else torch.float32
+    dtype = coefficient_dtype(impl)
     if torch.compiler.is_compiling():
         one = torch.ones((), dtype=dtype, device=device)
         return torch.stack([one * number for number in filled])
@@ -26,6 +31,13 @@ def packed(numbers: tuple[float, ...], device: torch.device, impl: str) -> Tenso
     from ppo_fast.kernels import surrogate
 
     return surrogate.pack_coefficients(filled, device)
+
+
+def scalar(value: float | Tensor, device: torch.device, impl: str) -> Tensor:
+    """A number as a 0-d tensor that `impl` reads at run time; a tensor of them as it is, without gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().to(coefficient_dtype(impl)).contiguous()
+    return packed((value,), device, impl)[0]
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
@@ -42,6 +54,13 @@ def address(tensor: Tensor | None) -> int:
 def as_bytes(mask: Tensor) -> Tensor:
     """`mask` as bool, as native code reads it."""
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """`tensor` with contiguous rows: a slice of columns is taken as it is, all else that is strided is copied."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def per_sequence(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

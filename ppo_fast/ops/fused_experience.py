@@ -15,6 +15,7 @@ from ppo_fast.ops.fused_estimate import (
     KINDS,
     address,
     as_bytes,
+    contiguous_rows,
     packed,
     per_sequence,
     token_rows,
@@ -127,13 +128,6 @@ def _wanted(scores: Tensor | None, values: Tensor | None) -> tuple[bool, ...]:
     return shaped, shaped and scanned, scanned, scanned
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """`tensor` with contiguous rows: a slice of columns is taken as it is, all else that is strided is copied."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
-
-
 @torch.library.custom_op("ppo_fast::experience", mutates_args=())
 def experience(
     mask: Tensor,
@@ -168,18 +162,26 @@ def experience(
         "values": values,
     }
     numbers = {"scores": scores, "bootstrap": bootstrap, "gamma": gamma, "lam": lam}
-    tokens = {name: None if x is None else _rows(x) for name, x in token_tensors.items()}
+    tokens = {name: None if x is None else contiguous_rows(x) for name, x in token_tensors.items()}
     per_row = {name: per_sequence(x, dtype) for name, x in numbers.items()}
     per_row["score_index"] = None if score_index is None else score_index.contiguous()
     if impl == "cpu":
         return _cpu_experience(
-            _rows(mask), tokens, per_row, coefficients, cu_seqlens, dtype, kind, mask_rule, whitening
+            contiguous_rows(mask),
+            tokens,
+            per_row,
+            coefficients,
+            cu_seqlens,
+            dtype,
+            kind,
+            mask_rule,
+            whitening,
         )
     from ppo_fast.kernels import experience as kernels
 
     mask = comparable(mask)
     inputs = kernels.ExperienceInputs(
-        mask=_rows(mask),
+        mask=contiguous_rows(mask),
         coefficients=coefficients,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
         **tokens,

@@ -6,33 +6,15 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops import native_rows
-from ppo_fast.ops.fused_estimate import widest
+from ppo_fast.ops.fused_estimate import coefficient_dtype, scalar, widest
 from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 
 STATE = {"cpu": native_rows.POLICY_STATE, "triton": 5}  # numbers of a row
 
 
-def scalar_tensor(value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A number as a 0-d tensor of `dtype`, or a tensor of per-row values, contiguous and without gradient.
-
-    By a product under torch.compile, which would compile anew for each value of torch.full's.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().to(dtype).contiguous()
-    if torch.compiler.is_compiling():
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def number_dtype(impl: str) -> torch.dtype:
-    """The dtype in which an implementation takes the numbers of a call."""
-    return torch.float64 if impl == "cpu" else torch.float32
-
-
 def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, impl: str) -> Tensor:
     """KL(pi || ref) of each row, [...], differentiable in both logits; see `ppo_fast.kl_from_logits`."""
-    numbers = scalar_tensor(temperature, logits.device, number_dtype(impl))
-    return kl_rows(logits, ref_logits, numbers, impl)[0]
+    return kl_rows(logits, ref_logits, scalar(temperature, logits.device, impl), impl)[0]
 
 
 def rows_of_one_arithmetic(logits: Tensor, ref_logits: Tensor | None) -> tuple[RowGrid, RowGrid | None]:
@@ -64,7 +46,7 @@ def kl_rows(logits: Tensor, ref_logits: Tensor, temperature: Tensor, impl: str) 
 @kl_rows.register_fake
 def _(logits: Tensor, ref_logits: Tensor, temperature: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     kl = logits.new_empty(logits.shape[:-1], dtype=widest(logits, ref_logits))
-    return kl, logits.new_empty((kl.numel(), STATE[impl]), dtype=number_dtype(impl))
+    return kl, logits.new_empty((kl.numel(), STATE[impl]), dtype=coefficient_dtype(impl))
 
 
 @torch.library.custom_op("ppo_fast::kl_rows_backward", mutates_args=())

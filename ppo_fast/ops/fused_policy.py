@@ -1,4 +1,4 @@
-"""The clipped policy loss over tokens by the Triton kernels, as a `torch.library` operator."""
+"""The clipped policy loss over tokens as a `torch.library` operator: C++ on a CPU, Triton on a GPU."""
 
 import math
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops import native_tokens
 from ppo_fast.ops.backends import comparable
-from ppo_fast.ops.fused_estimate import packed
-from ppo_fast.ops.fused_kl import scalar_tensor
+from ppo_fast.ops.fused_estimate import as_bytes, packed, scalar, widest
 from ppo_fast.records import PolicyLoss
 
 TOKEN_STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")  # in the order of the kernels
@@ -16,7 +16,6 @@ TOKEN_STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")  # in th
 
 def pack_coefficients(
     device: torch.device,
-    impl: str,
     *,
     clip_low: float,
     clip_high: float,
@@ -25,12 +24,13 @@ def pack_coefficients(
     normalizer: float | Tensor | None,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    impl: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The numbers of a call as one tensor on the device, and the normalizer, a 0-d tensor, if there is one.
+    """The numbers of a call as one tensor, see `packed`, and the normalizer, a 0-d tensor, if there is one.
 
-    Read there at run time, so that another value compiles nothing anew, and a CUDA graph may be captured.
+    Read at run time, so that another value compiles nothing anew, and a CUDA graph may be captured.
     """
-    own = normalizer if isinstance(normalizer, float | int) else 1.0
+    own = 1.0 if normalizer is None or isinstance(normalizer, Tensor) else normalizer
     values = (
         1 - clip_low,
         1 + clip_high,
@@ -38,14 +38,14 @@ def pack_coefficients(
         math.inf if log_ratio_clamp is None else log_ratio_clamp,
         entropy_coef,
         kl_coef,
-        own if normalizer is None or isinstance(normalizer, Tensor) else normalizer,
+        own,
     )
-    numbers = packed(values, device, impl)
+    coefficients = packed(values, device, impl)
     if normalizer is None:
-        return numbers, None
+        return coefficients, None
     if isinstance(normalizer, Tensor):
-        return numbers, scalar_tensor(normalizer, device, numbers.dtype)
-    return numbers, numbers[-1].clone()
+        return coefficients, scalar(normalizer, device, impl)
+    return coefficients, coefficients[-1].clone()
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -61,19 +61,21 @@ def policy_loss(
     *,
     reduction: str,
     cu_seqlens: Tensor | None,
-    **coefficients: Any,
+    impl: str,
+    **numbers: Any,
 ) -> PolicyLoss:
-    """Run `ppo_fast.policy_loss` in two launches, and one for the gradient."""
-    numbers, normalizer = pack_coefficients(logprobs.device, "triton", **coefficients)
+    """Run `ppo_fast.policy_loss` on `impl`."""
+    coefficients, normalizer = pack_coefficients(logprobs.device, impl=impl, **numbers)
     loss, stats, kept, _, _ = clipped_policy_loss(
         logprobs,
         old_logprobs.detach(),
         advantages.detach(),
-        comparable(mask),
-        numbers,
+        as_bytes(mask) if impl == "cpu" else comparable(mask),
+        coefficients,
         normalizer,
         cu_seqlens,
         reduction,
+        impl,
     )
     named = dict(zip(TOKEN_STATS, stats.detach().unbind(), strict=False))
     return PolicyLoss(loss, kept.detach(), None, named)
@@ -89,8 +91,20 @@ def clipped_policy_loss(
     normalizer: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], stats [6], logprobs, lengths [B], divisor []); the last two are what the backward needs."""
+    if impl == "cpu":
+        return native_tokens.policy_forward(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            coefficients,
+            normalizer,
+            cu_seqlens,
+            reduction=reduction,
+        )
     from ppo_fast.kernels import tokens
 
     return tokens.policy_forward(
@@ -112,15 +126,16 @@ def _(
     normalizer: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     sequences = logprobs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    number = coefficients.new_empty(())
+    dtype = widest(logprobs, old_logprobs, advantages)
     return (
-        number,
-        coefficients.new_empty(6),
-        coefficients.new_empty(logprobs.shape),
+        coefficients.new_empty((), dtype=dtype),
+        coefficients.new_empty(6, dtype=dtype),
+        coefficients.new_empty(logprobs.shape, dtype=dtype),
         coefficients.new_empty(sequences, dtype=torch.int64),
-        torch.empty_like(number),
+        coefficients.new_empty(()),
     )
 
 
@@ -136,8 +151,22 @@ def clipped_policy_loss_backward(
     lengths: Tensor,
     divisor: Tensor,
     reduction: str,
+    impl: str,
 ) -> Tensor:
     """Gradient of the log-probabilities, in their dtype."""
+    if impl == "cpu":
+        return native_tokens.policy_backward(
+            grad_loss,
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            coefficients,
+            cu_seqlens,
+            lengths,
+            divisor,
+            reduction=reduction,
+        )
     from ppo_fast.kernels import tokens
 
     return tokens.policy_backward(
@@ -163,12 +192,13 @@ def _(
     lengths: Tensor,
     divisor: Tensor,
     reduction: str,
+    impl: str,
 ) -> Tensor:
     return logprobs.new_empty(logprobs.shape)
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _normalizer, cu_seqlens, ctx.reduction = inputs
+    *tensors, _normalizer, cu_seqlens, ctx.reduction, ctx.impl = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, *output[3:])
     ctx.set_materialize_grads(False)
 
@@ -177,9 +207,9 @@ def _tokens_backward(
     ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 8
-    grad = clipped_policy_loss_backward(grad_loss, *ctx.saved_tensors, ctx.reduction)
-    return grad, *(None,) * 7
+        return (None,) * 9
+    grad = clipped_policy_loss_backward(grad_loss, *ctx.saved_tensors, ctx.reduction, ctx.impl)
+    return grad, *(None,) * 8
 
 
 clipped_policy_loss.register_autograd(_tokens_backward, setup_context=_save_tokens)

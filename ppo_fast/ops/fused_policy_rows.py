@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import native_rows, native_tokens
 from ppo_fast.ops.backends import comparable
-from ppo_fast.ops.fused_estimate import widest
-from ppo_fast.ops.fused_kl import number_dtype, rows_of_one_arithmetic, scalar_tensor
+from ppo_fast.ops.fused_estimate import as_bytes, coefficient_dtype, scalar, widest
+from ppo_fast.ops.fused_kl import rows_of_one_arithmetic
 from ppo_fast.ops.fused_policy import TOKEN_STATS, contiguous, pack_coefficients
 from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 from ppo_fast.records import PolicyLoss
@@ -39,13 +38,13 @@ def policy_loss_from_logits(
     it reads the logits again and holds nothing vocabulary-sized in between. So it is with the permission in float16,
     whose range a loss scale is there to save: rounded before it is scaled, most of a gradient would be 0.
     """
-    numbers, normalizer = pack_coefficients(logits.device, impl, **coefficients)
+    numbers, normalizer = pack_coefficients(logits.device, impl=impl, **coefficients)
     arguments = (
         labels,
         old_logprobs.detach(),
         advantages.detach(),
-        comparable(mask),
-        scalar_tensor(temperature, logits.device, number_dtype(impl)),
+        as_bytes(mask) if impl == "cpu" else comparable(mask),
+        scalar(temperature, logits.device, impl),
         None if ref_logits is None else ref_logits.detach(),
         numbers,
         normalizer,
@@ -190,7 +189,7 @@ def _(
         logprobs,
         torch.empty_like(logprobs),
         coefficients.new_empty(6, dtype=dtype),
-        coefficients.new_empty((labels.numel(), STATE[impl]), dtype=number_dtype(impl)),
+        coefficients.new_empty((labels.numel(), STATE[impl]), dtype=coefficient_dtype(impl)),
     )
 
 
@@ -310,10 +309,17 @@ def policy_loss_rows_backward_inplace(
     _gradient(grad_loss, logits, labels, temperature, ref_logits, state, impl, inplace=True)
 
 
-SECOND_BACKWARD = (
-    "policy_loss_from_logits: a second backward through a call with `inplace_backward=True`, whose one "
-    "gradient has been handed on; call it with inplace_backward=False for retain_graph"
-)
+def _refuse_another(handed_on: bool) -> None:
+    """RuntimeError for a second backward, and for one that is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "policy_loss_from_logits: the gradient has none of its own, so create_graph=True cannot be had"
+        )
+    if handed_on:
+        raise RuntimeError(
+            "policy_loss_from_logits: a second backward through a call with `inplace_backward=True`, whose one "
+            "gradient has been handed on; call it with inplace_backward=False for retain_graph"
+        )
 
 
 class _OneLaunch(torch.autograd.Function):
@@ -333,10 +339,8 @@ class _OneLaunch(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor | None) -> tuple[Tensor, None]:
-        if ctx.handed_on:
-            raise RuntimeError(SECOND_BACKWARD)
+        _refuse_another(ctx.handed_on)
         (gradient,) = ctx.saved_tensors
         ctx.handed_on = True
         if ctx.impl == "cpu":
@@ -364,10 +368,8 @@ class _TwoLaunches(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor | None) -> tuple[Tensor, None]:
-        if ctx.handed_on:
-            raise RuntimeError(SECOND_BACKWARD)
+        _refuse_another(ctx.handed_on)
         logits, *others = ctx.saved_tensors
         ctx.handed_on = True
         policy_loss_rows_backward_inplace(grad_loss, logits, *others, ctx.impl)

@@ -1,4 +1,4 @@
-"""The clipped value loss over tokens by the Triton kernels, as a `torch.library` operator."""
+"""The clipped value loss over tokens as a `torch.library` operator: C++ on a CPU, Triton on a GPU."""
 
 import math
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops import native_tokens
 from ppo_fast.ops.backends import comparable
-from ppo_fast.ops.fused_kl import scalar_tensor
+from ppo_fast.ops.fused_estimate import as_bytes, scalar, widest
 from ppo_fast.records import ValueLoss
 
 STATS = ("clip_fraction", "explained_variance", "value_mean", "return_mean")  # in the order of the kernels
@@ -23,17 +24,19 @@ def value_loss(
     reduction: str,
     normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
+    impl: str,
 ) -> ValueLoss:
-    """Run `ppo_fast.value_loss` in two launches, and one for the gradient."""
+    """Run `ppo_fast.value_loss` on `impl`."""
     loss, stats, _, _ = clipped_value_loss(
         values,
         old_values.detach(),
         returns.detach(),
-        comparable(mask),
-        scalar_tensor(math.inf if clip is None else clip, values.device),
-        None if normalizer is None else scalar_tensor(normalizer, values.device),
+        as_bytes(mask) if impl == "cpu" else comparable(mask),
+        scalar(math.inf if clip is None else clip, values.device, impl),
+        None if normalizer is None else scalar(normalizer, values.device, impl),
         cu_seqlens,
         reduction,
+        impl,
     )
     return ValueLoss(loss, dict(zip(STATS, stats.detach().unbind(), strict=True)))
 
@@ -48,8 +51,13 @@ def clipped_value_loss(
     normalizer: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], stats [4], lengths [B], divisor []); the last two are what the backward needs."""
+    if impl == "cpu":
+        return native_tokens.value_forward(
+            values, old_values, returns, mask, clip, normalizer, cu_seqlens, reduction=reduction
+        )
     from ppo_fast.kernels import value_loss as kernels
 
     return kernels.value_forward(
@@ -71,10 +79,16 @@ def _(
     normalizer: Tensor | None,
     cu_seqlens: Tensor | None,
     reduction: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences = values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    lengths = clip.new_empty(sequences, dtype=torch.int64)
-    return clip.new_empty(()), clip.new_empty(len(STATS)), lengths, clip.new_empty(())
+    dtype = widest(values, old_values, returns)
+    return (
+        clip.new_empty((), dtype=dtype),
+        clip.new_empty(len(STATS), dtype=dtype),
+        clip.new_empty(sequences, dtype=torch.int64),
+        clip.new_empty(()),
+    )
 
 
 @torch.library.custom_op("ppo_fast::clipped_value_loss_backward", mutates_args=())
@@ -89,8 +103,22 @@ def clipped_value_loss_backward(
     lengths: Tensor,
     divisor: Tensor,
     reduction: str,
+    impl: str,
 ) -> Tensor:
     """Gradient of the values, in their dtype."""
+    if impl == "cpu":
+        return native_tokens.value_backward(
+            grad_loss,
+            values,
+            old_values,
+            returns,
+            mask,
+            clip,
+            cu_seqlens,
+            lengths,
+            divisor,
+            reduction=reduction,
+        )
     from ppo_fast.kernels import value_loss as kernels
 
     return kernels.value_backward(
@@ -116,20 +144,22 @@ def _(
     lengths: Tensor,
     divisor: Tensor,
     reduction: str,
+    impl: str,
 ) -> Tensor:
     return values.new_empty(values.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _normalizer, cu_seqlens, ctx.reduction = inputs
+    *tensors, _normalizer, cu_seqlens, ctx.reduction, ctx.impl = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 8
-    return clipped_value_loss_backward(grad_loss, *ctx.saved_tensors, ctx.reduction), *(None,) * 7
+        return (None,) * 9
+    grad = clipped_value_loss_backward(grad_loss, *ctx.saved_tensors, ctx.reduction, ctx.impl)
+    return grad, *(None,) * 8
 
 
 clipped_value_loss.register_autograd(_backward, setup_context=_save_for_backward)

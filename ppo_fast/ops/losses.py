@@ -88,7 +88,7 @@ def policy_loss(
         normalizer: number or 0-d tensor that replaces the reduction's denominator (divides token-sum).
         log_ratio_clamp: c > 0 clamps logprob - old_logprob to [-c, c]; verl and OpenRLHF have 20.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         PolicyLoss, entropy None. Stats: clip_fraction (share of counted tokens whose clipped term is the
@@ -113,11 +113,12 @@ def policy_loss(
     check_policy(check, old_logprobs, advantages, mask, logprobs.shape, **surrogate)
     check.finite(mask, logprobs=logprobs)
     tokens_of = (logprobs, old_logprobs, advantages, mask)
-    if dispatch.resolve("policy_loss", impl, logprobs) == "reference":
+    runs = dispatch.resolve("policy_loss", impl, logprobs, old_logprobs, advantages)
+    if runs == "reference":
         return reference.policy_loss(*tokens_of, cu_seqlens=cu_seqlens, **surrogate)
     from ppo_fast.ops import fused_policy
 
-    return fused_policy.policy_loss(*tokens_of, cu_seqlens=cu_seqlens, **surrogate)
+    return fused_policy.policy_loss(*tokens_of, cu_seqlens=cu_seqlens, impl=runs, **surrogate)
 
 
 def policy_loss_from_logits(
@@ -228,7 +229,7 @@ def value_loss(
         clip: c > 0, in units of value; None for the plain squared error.
         reduction, normalizer: as in `policy_loss`.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         ValueLoss. Stats: clip_fraction (share of counted tokens whose clipped error is the larger),
@@ -254,8 +255,9 @@ def value_loss(
         "normalizer": normalizer,
         "cu_seqlens": cu_seqlens,
     }
-    if dispatch.resolve("value_loss", impl, values) == "reference":
+    runs = dispatch.resolve("value_loss", impl, values, old_values, returns)
+    if runs == "reference":
         return reference.value_loss(values, old_values, returns, mask, **options)
     from ppo_fast.ops import fused_value
 
-    return fused_value.value_loss(values, old_values, returns, mask, **options)
+    return fused_value.value_loss(values, old_values, returns, mask, impl=runs, **options)

@@ -27,7 +27,7 @@ def masked_mean(x: Tensor, mask: Tensor, axis: int | None = None, *, impl: Impl 
         x: any shape, floating.
         mask: same shape, bool or numeric, nonzero = counts.
         axis: the axis to average over; None means all of them.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         0-d, or `x` without `axis`; float32 (float64 for float64). 0 where nothing counts.
@@ -39,8 +39,9 @@ def masked_mean(x: Tensor, mask: Tensor, axis: int | None = None, *, impl: Impl 
     Source: Huang et al. 2024 (arXiv 2403.17031), section 3.
     """
     _check("masked_mean", x, mask, axis, False)
-    if dispatch.resolve("masked_mean", impl, x) == "triton":
-        return fused_moments.masked_mean(x, mask, axis)
+    runs = dispatch.resolve("masked_mean", impl, x)
+    if runs != "reference":
+        return fused_moments.masked_mean(x, mask, axis, impl=runs)
     return reference.masked_mean(x, mask, axis)
 
 
@@ -54,7 +55,7 @@ def masked_var(
         mask: same shape, bool or numeric, nonzero = counts.
         axis: the axis to reduce; None means all of them.
         unbiased: Bessel's correction.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         0-d, or `x` without `axis`; float32 (float64 for float64). 0 where none or one slot counts.
@@ -66,8 +67,9 @@ def masked_var(
     Source: Huang et al. 2024 (arXiv 2403.17031), section 3.
     """
     _check("masked_var", x, mask, axis, unbiased)
-    if dispatch.resolve("masked_var", impl, x) == "triton":
-        return fused_moments.masked_var(x, mask, axis, unbiased=unbiased)
+    runs = dispatch.resolve("masked_var", impl, x)
+    if runs != "reference":
+        return fused_moments.masked_var(x, mask, axis, unbiased=unbiased, impl=runs)
     return reference.masked_var(x, mask, axis, unbiased=unbiased)
 
 
@@ -78,7 +80,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, impl: Impl
         x: any shape, floating.
         mask: same shape, bool or numeric, nonzero = counts.
         unbiased: divide the variance by n - 1.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         Shape of `x`, float32 (float64 for float64), 0 in masked slots; all 0 when fewer than two count.
@@ -90,8 +92,9 @@ def masked_whiten(x: Tensor, mask: Tensor, *, unbiased: bool = False, impl: Impl
     Source: PPO2's advantage normalisation; Huang et al. 2024 (arXiv 2403.17031), section 3.
     """
     _check("masked_whiten", x, mask, None, unbiased)
-    if dispatch.resolve("masked_whiten", impl, x) == "triton":
-        return fused_moments.masked_whiten(x, mask, unbiased=unbiased)
+    runs = dispatch.resolve("masked_whiten", impl, x)
+    if runs != "reference":
+        return fused_moments.masked_whiten(x, mask, unbiased=unbiased, impl=runs)
     return reference.masked_whiten(x, mask, unbiased=unbiased)
 
 
@@ -102,7 +105,7 @@ def masked_rescale(x: Tensor, mask: Tensor, *, unbiased: bool = False, impl: Imp
         x: any shape, floating.
         mask: same shape, bool or numeric, nonzero = counts.
         unbiased: divide the variance by n - 1.
-        impl: auto, reference or triton.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         Shape of `x`, float32 (float64 for float64), 0 in masked slots; one counted slot keeps its value.
@@ -114,6 +117,7 @@ def masked_rescale(x: Tensor, mask: Tensor, *, unbiased: bool = False, impl: Imp
     Source: reward whitening without the shift, Huang et al. 2024 (arXiv 2403.17031), section 3.
     """
     _check("masked_rescale", x, mask, None, unbiased)
-    if dispatch.resolve("masked_rescale", impl, x) == "triton":
-        return fused_moments.masked_rescale(x, mask, unbiased=unbiased)
+    runs = dispatch.resolve("masked_rescale", impl, x)
+    if runs != "reference":
+        return fused_moments.masked_rescale(x, mask, unbiased=unbiased, impl=runs)
     return reference.masked_rescale(x, mask, unbiased=unbiased)

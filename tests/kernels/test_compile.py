@@ -91,13 +91,17 @@ def test_policy_loss_from_logits(coefficients: dict[str, Callable[[float], Any]]
     )
 
 
-def test_policy_loss_over_tokens() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the native kernel runs on the CPU")
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_losses_over_tokens(impl: str) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
 
-    def function(logprobs: Tensor, old: Tensor, advantages: Tensor, value: float) -> Tensor:
-        return ppo_fast.policy_loss(
-            logprobs, old, advantages, mask, clip_low=value - 0.7, dual_clip=1 + value, impl="triton"
-        ).loss
+    def function(now: Tensor, old: Tensor, target: Tensor, value: float) -> Tensor:
+        policy = ppo_fast.policy_loss(
+            now, old, target, mask, clip_low=value - 0.7, dual_clip=1 + value, normalizer=value, impl=impl
+        )
+        critic = ppo_fast.value_loss(now, old, target, mask, clip=value, normalizer=value, impl=impl)
+        return policy.loss + critic.loss
 
     compiled_once(function, torch.randn(2, 3, requires_grad=True), torch.randn(2, 3), torch.randn(2, 3))
 

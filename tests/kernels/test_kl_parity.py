@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.ops import fused_kl
+from ppo_fast.ops import fused_estimate, fused_kl
 
 # numpy, under Triton's interpreter, warns of the very NaNs and infinities that are put in on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -209,7 +209,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 def test_operator_is_well_formed(learns: tuple[bool, bool]) -> None:
     logits, ref = (torch.randn(2, 3, 33).requires_grad_(wants) for wants in learns)
     for temperature in (torch.tensor(0.7), torch.rand(2, 3) + 0.5):
-        numbers = temperature.to(fused_kl.number_dtype(IMPL))
+        numbers = temperature.to(fused_estimate.coefficient_dtype(IMPL))
         torch.library.opcheck(fused_kl.kl_rows, (logits, ref, numbers, IMPL))
 
 

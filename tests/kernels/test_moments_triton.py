@@ -10,39 +10,55 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.ops import fused_moments
 
+CPU = [] if torch.cuda.is_available() else ["cpu"]
+IMPLS = [*CPU, "triton"]
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", [None, 0, -1])
 @pytest.mark.parametrize("order", [1, 2])
-def test_moment_is_well_formed(dtype: torch.dtype, axis: int | None, order: int) -> None:
+@pytest.mark.parametrize("impl", CPU and IMPLS)
+def test_moment_is_well_formed(impl: str, dtype: torch.dtype, axis: int | None, order: int) -> None:
     x = torch.randn(3, 7).to(dtype).requires_grad_()
     mask = torch.rand(3, 7) > 0.3
-    torch.library.opcheck(fused_moments.masked_moment, (x, mask, axis, True, order))
+    arguments = (x, mask, axis, True, order, impl)
+    torch.library.opcheck(fused_moments.masked_moment, arguments)
+    value, stats = (y.detach() for y in fused_moments.masked_moment(*arguments))
+    torch.library.opcheck(
+        fused_moments.masked_moment_backward, (value, x.detach(), mask, stats, axis, True, order, impl)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep_mean", [False, True])
-def test_normalize_is_well_formed(dtype: torch.dtype, keep_mean: bool) -> None:
-    x = torch.randn(3, 7).to(dtype).requires_grad_()
-    torch.library.opcheck(fused_moments.masked_normalize, (x, torch.rand(3, 7) > 0.3, False, keep_mean))
+@pytest.mark.parametrize("impl", CPU and IMPLS)
+def test_normalize_is_well_formed(impl: str, dtype: torch.dtype, keep_mean: bool) -> None:
+    x, mask = torch.randn(3, 7).to(dtype).requires_grad_(), torch.rand(3, 7) > 0.3
+    arguments = (x, mask, False, keep_mean, impl)
+    torch.library.opcheck(fused_moments.masked_normalize, arguments)
+    value, stats = (y.detach() for y in fused_moments.masked_normalize(*arguments))
+    torch.library.opcheck(
+        fused_moments.masked_normalize_backward, (value, x.detach(), mask, stats, False, keep_mean, impl)
+    )
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": lambda x, mask: ppo_fast.masked_mean(x, mask, impl="triton").square(),
-    "var": lambda x, mask: ppo_fast.masked_var(x, mask, -1, unbiased=True, impl="triton").square().sum(),
-    "whiten": lambda x, mask: ppo_fast.masked_whiten(x, mask, impl="triton").exp().sum(),
-    "rescale": lambda x, mask: ppo_fast.masked_rescale(x, mask, impl="triton").exp().sum(),
+LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
+    "mean": lambda x, mask, impl: ppo_fast.masked_mean(x, mask, impl=impl).square(),
+    "var": lambda x, mask, impl: ppo_fast.masked_var(x, mask, -1, unbiased=True, impl=impl).square().sum(),
+    "whiten": lambda x, mask, impl: ppo_fast.masked_whiten(x, mask, impl=impl).exp().sum(),
+    "rescale": lambda x, mask, impl: ppo_fast.masked_rescale(x, mask, impl=impl).exp().sum(),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-def test_public_op_compiles_to_one_graph(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("impl", CPU and IMPLS)
+def test_public_op_compiles_to_one_graph(impl: str, loss: Callable[[Tensor, Tensor, str], Tensor]) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for shape in ((3, 7), (4, 9), (5, 11)):
         x, mask = torch.randn(shape, requires_grad=True), torch.rand(shape) > 0.3
-        gradients = [torch.autograd.grad(f(x, mask), x)[0] for f in (compiled, loss)]
+        gradients = [torch.autograd.grad(f(x, mask, impl), x)[0] for f in (compiled, loss)]
         assert torch.equal(*gradients)
     assert counter.frame_count <= 2  # the second shape teaches that shapes vary
 
@@ -138,7 +154,10 @@ def test_the_epsilon_is_the_references() -> None:
     assert moments.WHITEN_EPS.value == WHITEN_EPS
 
 
-def test_kept_for_the_backward_are_the_inputs_and_four_numbers_a_column() -> None:
+@pytest.mark.parametrize(("impl", "numbers"), [(impl, (1, 3) if impl == "cpu" else (4, 1)) for impl in IMPLS])
+def test_kept_for_the_backward_are_the_inputs_and_few_numbers_a_column(
+    impl: str, numbers: tuple[int, int]
+) -> None:
     x, mask = torch.randn(50, 20, requires_grad=True), torch.ones(50, 20, dtype=torch.bool)
     kept: list[Tensor] = []
 
@@ -148,7 +167,7 @@ def test_kept_for_the_backward_are_the_inputs_and_four_numbers_a_column() -> Non
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for f in (ppo_fast.masked_mean, ppo_fast.masked_whiten):
-            f(x, mask, impl="triton")
-    assert [tuple(tensor.shape) for tensor in kept] == 2 * [(50, 20), (50, 20), (4, 1)]
+            f(x, mask, impl=impl)
+    assert [tuple(tensor.shape) for tensor in kept] == 2 * [(50, 20), (50, 20), numbers]
     inputs = {x.data_ptr(), mask.data_ptr()}
     assert {tensor.data_ptr() for tensor in kept if tensor.numel() > 4} == inputs

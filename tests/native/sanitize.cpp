@@ -85,7 +85,7 @@ void rows(std::int64_t outer, std::int64_t inner, std::int64_t vocab, RunOn on) 
   std::vector<C> old = normals<C>(count), advantages = normals<C>(count), weights(count);
   for (std::int64_t i = 0; i < count; ++i) weights[i] = i % 3 == 2 ? -C(HUGE_VAL) : C(0.25);
   for (const RefGrid& reference : {beside, RefGrid{nullptr, dtype, 1, 0, 0}}) {
-    const PolicyIn in{grid, reference, old.data(), advantages.data(), weights.data(), 0.8, 1.2, 3.0, 20.0, 0.01, 0.1};
+    const PolicyIn in{grid, reference, old.data(), advantages.data(), weights.data(), {0.8, 1.2, 3.0, 20.0, 0.01, 0.1}};
     C* of_kl = reference.logits == nullptr ? nullptr : kl.data();
     policy_forward(in, {logprobs.data(), entropy.data(), of_kl, state.data()}, on);
     policy_backward(grid, reference, state.data(), 2.0, out.data(), on);

@@ -25,8 +25,13 @@ def test_packed_equals_padded(calls, name: str, int_dtype: torch.dtype) -> None:
     packed = {k: pack(x.detach()).requires_grad_(k in call.learns) for k, x in call.tensors.items()}
     a = padded(mask=mask)
     b = call(**{**packed, "mask": pack(mask)}, cu_seqlens=CU_SEQLENS.to(int_dtype))
+    # Where advantages learn, they are whitened as they lie in memory: their sums may run in another order.
+    learns_whitening = name == "shaped_gae"
     for x, y in zip(calls.results(a), calls.results(b), strict=True):
-        assert torch.equal(pack(x), y)
+        if learns_whitening:
+            torch.testing.assert_close(pack(x), y, rtol=1e-14, atol=1e-14)
+        else:
+            assert torch.equal(pack(x), y)
     sum(x.sum() for x in calls.differentiable(a)).backward()
     sum(x.sum() for x in calls.differentiable(b)).backward()
     for k in call.learns:

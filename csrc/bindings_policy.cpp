@@ -1,8 +1,6 @@
 // Checks and bindings of the exact KL and of the policy loss from logits.
-#include "bindings.h"
+#include "checks.h"
 #include "cpu/policy.h"
-
-namespace py = pybind11;
 
 namespace ppo_fast {
 namespace {
@@ -32,12 +30,7 @@ void forward(const RowGrid& grid, const py::object& ref, std::uintptr_t old_logp
                     pointer<const void>(old_logprobs),
                     pointer<const void>(advantages),
                     pointer<const void>(weights),
-                    low,
-                    high,
-                    dual_clip,
-                    log_ratio_clamp,
-                    entropy_coef,
-                    kl_coef};
+                    {low, high, dual_clip, log_ratio_clamp, entropy_coef, kl_coef}};
   require(grid.rows == 0 || (old_logprobs != 0 && advantages != 0 && weights != 0 && logprobs != 0 && entropy != 0),
           "an input or output is a null address");
   const PolicyOut out{pointer<void>(logprobs), pointer<void>(entropy), pointer<void>(kl), pointer<PolicyState>(state)};
@@ -84,7 +77,7 @@ void exact_kl_backward(const RowGrid& grid, const py::object& ref, std::uintptr_
 
 }  // namespace
 
-void bind_policy(py::module_& m) {
+void define_policy_ops(py::module_& m) {
   m.attr("POLICY_STATE") = sizeof(PolicyState) / sizeof(double);
   m.def("policy_forward", &forward, py::arg("grid"), py::kw_only(), py::arg("ref"), py::arg("old_logprobs"),
         py::arg("advantages"), py::arg("weights"), py::arg("low"), py::arg("high"), py::arg("dual_clip"),
