@@ -156,8 +156,9 @@ def policy_loss_from_logits(
         kl_coef: weight of the exact KL to the reference, loss per nat; needs `ref_logits` unless 0.
         temperature: a float above 0, or a tensor [B, T]; it gets no gradient.
         inplace_backward: allow the gradient to be written over the storage of `logits`. A permission: an
-            implementation may leave it unused, and nothing else may read `logits` after it was given.
-        impl: auto, reference or triton.
+            implementation may leave it unused, and nothing else may read `logits` after it was given. bfloat16 is
+            rounded before the gradient of the loss multiplies it, and once more after; float16 only after.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         PolicyLoss; only its loss is differentiable, in `logits`. Stats as in `policy_loss`, plus entropy and

@@ -237,3 +237,44 @@ def test_float64_and_dtypes_that_differ() -> None:
         for mine, exact in zip(*(torch.autograd.grad(k.sum(), (x, r)) for k in (got, truth)), strict=True):
             assert mine.dtype == exact.dtype
             torch.testing.assert_close(mine, exact, rtol=4 * torch.finfo(mine.dtype).eps, atol=1e-7)
+
+
+def test_a_row_without_a_gradient_is_not_read() -> None:
+    """Not its NaN, nor an infinite KL: zeros, where nothing comes down."""
+    logits, ref = torch.randn(3, 50), torch.randn(3, 50)
+    ref[1, 7] = -torch.inf
+    x, r = logits.clone().requires_grad_(), ref.clone().requires_grad_()
+    kl = ppo_fast.kl_from_logits(x, r, impl=IMPL)
+    x.data[2] = torch.nan  # `.data`: behind autograd's back
+    for gradient in torch.autograd.grad(kl, (x, r), torch.tensor([1.0, 0.0, 0.0])):
+        assert bool((gradient[1:] == 0).all())
+        assert bool(gradient[0].isfinite().all())
+
+
+def test_a_reference_that_begins_with_a_tile_of_nothing(no_worse: Callable[..., None]) -> None:
+    """Both impossible in the first tile, then the reference alone: infinite, whatever its first maximum was."""
+    logits, ref = torch.randn(2, 9000), torch.randn(2, 9000)
+    logits[:, :4096] = ref[:, :4096] = -torch.inf
+    assert_parity(no_worse, three_ways(logits, ref))
+    ref[0, :5000] = -torch.inf
+    kl = ppo_fast.kl_from_logits(logits, ref, impl=IMPL)
+    assert kl.isinf().tolist() == [True, False]
+
+
+def test_more_rows_than_a_grid_once_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    if IMPL == "cpu":
+        x = torch.randn(70_000, 3)
+        assert ppo_fast.kl_from_logits(x, x + 1, impl="cpu").abs().max() < 1e-6
+        return
+    from ppo_fast.kernels import kl
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda **_: None
+
+    monkeypatch.setattr(kl, "kl_forward_kernel", Recorder())
+    ppo_fast.kl_from_logits(torch.zeros(70_000, 3), torch.zeros(70_000, 3), impl="triton")
+    assert grids == [(70_000,)]

@@ -25,6 +25,7 @@ SHAPES = [
     ((3, 127), "one short of a power of two: the tail"),
     ((2, 3, 1025), "one past a block of the native kernel"),
     ((2, 50257), "GPT-2: odd, so rows start at every alignment"),
+    ((1, 151936), "Qwen 2.5: many tiles"),
 ]
 
 

@@ -300,3 +300,70 @@ def test_entropy_and_kl_terms(reduction: str, no_worse: Callable[..., None]) -> 
         assert stats[4].item() == pytest.approx(entropy[mask].double().mean().item(), rel=1e-6)
         assert stats[5].item() == pytest.approx(other[mask].double().mean().item(), rel=1e-6)
         assert stats[2].item() == pytest.approx(base.stats["ratio_mean"].item(), rel=1e-6)
+
+
+def test_a_program_for_every_row_and_sequence_on_the_axis_that_takes_2_31(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ppo_fast.kernels import policy_loss, sequences, tokens, value_loss
+
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids[self.name] = grid
+            return lambda **_: None
+
+    for module in (policy_loss, sequences, tokens, value_loss):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(name))
+    x = torch.zeros(70_000, 1, requires_grad=True)
+    mask = torch.ones(70_000, 1)
+    ppo_fast.policy_loss(x, mask, mask, mask, impl="triton").loss.backward()
+    ppo_fast.value_loss(x, mask, mask, mask, impl="triton").loss.backward()
+    logits = torch.zeros(70_000, 1, 2, requires_grad=True)
+    labels = torch.zeros(70_000, 1, dtype=torch.int64)
+    ppo_fast.policy_loss_from_logits(logits, labels, mask, mask, mask, impl="triton").loss.backward()
+    of_batch = {
+        name: grid for name, grid in grids.items() if not name.endswith(("finish_kernel", "divisor_kernel"))
+    }
+    assert set(of_batch.values()) == {(70_000,)}
+    assert {"policy_sums_kernel", "policy_backward_kernel", "value_sums_kernel", "value_backward_kernel",
+            "policy_rows_kernel", "policy_gradient_kernel", "token_weights_kernel"} <= of_batch.keys()  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="untouched pages of the CPU's memory cost nothing")
+@pytest.mark.parametrize("op", [ppo_fast.policy_loss, ppo_fast.value_loss])
+def test_sequences_past_two_to_the_31_tokens(op: Callable[..., Any]) -> None:
+    """The kernel itself, on a packed tensor whose only sequence begins behind 2^31 tokens."""
+    from ppo_fast.kernels import tokens, value_loss
+
+    far = 2**31 + 7
+    x, y, z = torch.randn(3, 5).to(torch.bfloat16)
+    stored = []
+    for values in (x, y, z):
+        storage = torch.empty(far + 5, dtype=torch.bfloat16)
+        storage[far:] = values
+        stored.append(storage)
+    mask = torch.zeros(far + 5, dtype=torch.bool)
+    mask[far:] = True
+    starts = torch.tensor([far, far + 5])
+    if op is ppo_fast.policy_loss:
+        numbers = torch.tensor([0.8, 1.2, torch.inf, torch.inf, 0.0, 0.0, 1.0])
+        sums = torch.empty(tokens.POLICY_SUMS, 1)
+        tokens.policy_sums_kernel[(1,)](
+            *stored, mask, None, None, numbers, starts, None, sums, torch.empty(1, dtype=torch.int64),
+            tokens=far + 5, sequences=1, BLOCK=16,
+        )  # fmt: skip
+    else:
+        sums = torch.empty(value_loss.VALUE_SUMS, 1)
+        value_loss.value_sums_kernel[(1,)](
+            *stored, mask, torch.tensor(0.2), starts, sums, torch.empty(1, dtype=torch.int64),
+            tokens=far + 5, sequences=1, BLOCK=16,
+        )  # fmt: skip
+    loss = op(*(v.unsqueeze(0) for v in (x, y, z)), torch.ones(1, 5), impl="reference").loss
+    scale = 5 if op is ppo_fast.policy_loss else 10  # the value loss halves its mean
+    torch.testing.assert_close(sums[0, 0] / scale, loss)

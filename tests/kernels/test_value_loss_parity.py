@@ -216,3 +216,24 @@ def test_operators_are_well_formed(impl: str) -> None:
     kept = [x.detach() for x in fused_value.clipped_value_loss(*arguments)[-2:]]
     backward = (torch.tensor(0.5), values.detach(), *tokens[1:], None, *kept, "seq-mean-token-mean", impl)
     torch.library.opcheck(fused_value.clipped_value_loss_backward, backward)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["values", "old_values", "returns"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_broken_number_shows(impl: str, name: str, bad: float) -> None:
+    """In the loss, and in its own gradient; without a clip the old values are not looked at."""
+    tensors = {k: torch.randn(2, 5) for k in ("values", "old_values", "returns")} | {"mask": torch.ones(2, 5)}
+    tensors[name][1, 2] = bad
+    for clip in (0.2, None):
+        got, truth = run(tensors, impl, clip=clip), run(cast(tensors, torch.float64), "reference", clip=clip)
+        torch.testing.assert_close(got[0].loss.double(), truth[0].loss, equal_nan=True)
+        others = torch.ones(2, 5, dtype=torch.bool)
+        others[1, 2] = False
+        torch.testing.assert_close(got[1][others].double(), truth[1][others])
+        ignored = clip is None and name == "old_values"
+        assert bool(got[0].loss.isfinite()) == ignored
+        if ignored:
+            torch.testing.assert_close(got[1].double(), truth[1])
+        elif bad != bad:
+            assert bool(got[1][1, 2].isnan())
