@@ -14,6 +14,7 @@ from ppo_fast.records import PolicyLoss
 CPU = [] if torch.cuda.is_available() else ["cpu"]
 IMPLS = [*CPU, "triton"]
 REDUCTIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+WELL_FORMED = [("cpu", torch.float32), ("cpu", torch.float64), ("triton", torch.float32)]
 native = pytest.mark.skipif(not CPU, reason="the native kernels run on the CPU")
 LENGTHS = [3, 0, 1500, 1]  # an empty sequence, and one longer than a tile
 
@@ -185,6 +186,15 @@ def test_ties_split_the_gradient_and_a_clip_passes_it_at_its_bound(impl: str) ->
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_tie_outside_of_the_clip_halves_the_gradient(impl: str) -> None:
+    """An advantage of three times the least number: 3.9 and 3.6 of it both round to 4, of which the half is 2."""
+    least = 2.0**-149
+    tensors = {"logprobs": torch.tensor([[1.3]]).log(), "old_logprobs": torch.zeros(1, 1)}
+    tensors |= {"advantages": torch.tensor([[3 * least]]), "mask": torch.ones(1, 1)}
+    assert run(tensors, impl, 1.0)[1].item() == -2 * least
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_k3_of_tiny_log_ratios_does_not_cancel(impl: str) -> None:
     """x = 1e-3: e^x - 1 - x = 5.0016671e-7, of which float32's e^x - 1 - x keeps one digit."""
     x = torch.full((1, 4), 1e-3)
@@ -234,10 +244,11 @@ def test_no_tokens(impl: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("impl", CPU and IMPLS)
-def test_operators_are_well_formed(impl: str, packed: bool) -> None:
+@pytest.mark.parametrize(("impl", "dtype"), CPU and WELL_FORMED)
+def test_operators_are_well_formed(impl: str, dtype: torch.dtype, packed: bool) -> None:
     shape = (6,) if packed else (2, 3)
     logprobs, old, advantages = torch.randn(3, *shape).unbind()
+    old = old.to(dtype)
     mask = torch.rand(shape) > 0.3
     numbers = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "log_ratio_clamp": None}
     device = torch.device("cpu")
