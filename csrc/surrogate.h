@@ -9,8 +9,6 @@ struct Clip {
   C high;
   C dual_clip;
   C log_ratio_clamp;
-  C limit = sizeof(C) == sizeof(float) ? C(87.72283905206835) : C(708.782712893384);  // 1 below where exp overflows
-  C exp_limit = exp_any(limit);
 
   explicit Clip(const PolicyCoefficients& of)
       : low(static_cast<C>(of.low)),
@@ -32,11 +30,7 @@ template <class C, class V>
 inline ClippedTerm<V> clipped_term(V log_ratio, V exp_held, V advantage, const Clip<C>& clip) {
   const V zero{}, one = zero + C(1), half = zero + C(0.5), infinity = zero + C(HUGE_VAL);
   const auto stopped = (log_ratio > clip.log_ratio_clamp) | (log_ratio < -clip.log_ratio_clamp);
-  // Where another branch bounds the term the ratio may overflow harmlessly: held finite, else inf * 0 follows.
-  const C bounded_above = clip.dual_clip < C(HUGE_VAL) ? -C(HUGE_VAL) : C(0);
-  const auto overflows = (advantage > bounded_above) & (held(log_ratio, clip.log_ratio_clamp) > clip.limit);
-  const V bounded = overflows ? zero + clip.exp_limit : exp_held;
-  const V ratio = advantage != zero ? bounded : one;
+  const V ratio = advantage != zero ? exp_held : one;
   const V plain = -advantage * ratio;
   const V low = zero + clip.low, high = zero + clip.high;
   const V clipped = -advantage * (ratio < low ? low : ratio > high ? high : ratio);
@@ -47,8 +41,8 @@ inline ClippedTerm<V> clipped_term(V log_ratio, V exp_held, V advantage, const C
   const V cap = advantage < zero ? -clip.dual_clip * advantage : infinity;
   V passes = (ratio >= low) & (ratio <= high) ? one : of_plain;
   passes = term == cap ? half * passes : passes;
-  passes = (term > cap) | overflows | stopped ? zero : passes;
-  // A zero advantage has no slope, also where the term is 0 * inf; NaN must not hide behind a zero share.
+  passes = (term > cap) | stopped ? zero : passes;
+  // Where another branch bounds the term the ratio may overflow: no share of it is 0. NaN must not hide behind a zero share.
   const V slope = (passes == zero) & (plain == plain) ? zero : plain * passes;
   return {term > cap ? cap : term, slope, is_clipped ? one : zero};
 }

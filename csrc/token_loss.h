@@ -51,6 +51,7 @@ class Tokens {
     narrow_block(x, n, dtype, out, slots_.first + start);
   }
   void clear_the_rest(DType dtype, void* out) const {
+    if (end_ == slots_.size) return;
     const std::int64_t bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     std::memset(static_cast<char*>(out) + (slots_.first + end_) * bytes, 0, (slots_.size - end_) * bytes);
   }

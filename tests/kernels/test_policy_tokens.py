@@ -149,6 +149,15 @@ def test_an_overflowing_ratio_is_bounded_where_another_branch_bounds_it(impl: st
     assert gradient.tolist() == [[0.0, torch.inf, 0.0]]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_shows_where_the_ratio_passes_no_gradient(impl: str) -> None:
+    tensors = {"logprobs": torch.ones(1, 2), "old_logprobs": torch.zeros(1, 2), "mask": torch.ones(1, 2)}
+    tensors["advantages"] = torch.tensor([[torch.nan, -1.0]])
+    out, gradient = run(tensors, impl, log_ratio_clamp=0.5)
+    assert out.loss.isnan()
+    assert gradient.isnan().tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_gives_the_bits_of_padded(impl: str, reduction: str) -> None:
