@@ -150,6 +150,14 @@ def test_an_overflowing_ratio_is_bounded_where_another_branch_bounds_it(impl: st
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_weight_does_not_reach_a_masked_gradient(impl: str) -> None:
+    tensors = padded()
+    _, gradient = run(tensors, impl, normalizer=torch.tensor(0.0))
+    assert bool((gradient[~tensors["mask"]] == 0).all())
+    assert not gradient[tensors["mask"]].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_nan_shows_where_the_ratio_passes_no_gradient(impl: str) -> None:
     tensors = {"logprobs": torch.ones(1, 2), "old_logprobs": torch.zeros(1, 2), "mask": torch.ones(1, 2)}
     tensors["advantages"] = torch.tensor([[torch.nan, -1.0]])

@@ -131,6 +131,17 @@ def test_at_its_bound_a_clip_passes_the_gradient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_tie_of_the_errors_outside_of_the_clip_halves_the_gradient(impl: str) -> None:
+    """v = 0.5 clipped to 0.25 and R half way between: of (v - R) = 0.125 one half."""
+    values = torch.tensor([[0.5]], requires_grad=True)
+    returns, old = torch.tensor([[0.375]]), torch.zeros(1, 1)
+    out = ppo_fast.value_loss(values, old, returns, torch.ones(1, 1), clip=0.25, impl=impl)
+    out.loss.backward()
+    assert values.grad.item() == 0.0625
+    assert out.stats["clip_fraction"].item() == 0.0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_empty_mask_and_returns_that_do_not_vary(impl: str) -> None:
     tensors = padded()
     out, gradient = run({**tensors, "mask": torch.zeros(4, 1600)}, impl)
@@ -174,6 +185,14 @@ def test_what_a_false_mask_covers_changes_no_bit(impl: str, garbage: float) -> N
     assert torch.equal(a[0].loss, b[0].loss)
     assert torch.equal(a[1], b[1])
     assert all(torch.equal(a[0].stats[name], b[0].stats[name]) for name in a[0].stats)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_weight_does_not_reach_a_masked_gradient(impl: str) -> None:
+    tensors = padded()
+    _, gradient = run(tensors, impl, normalizer=torch.tensor(0.0))
+    assert bool((gradient[~tensors["mask"]] == 0).all())
+    assert not gradient[tensors["mask"]].isfinite().all()
 
 
 @native
