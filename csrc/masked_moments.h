@@ -157,16 +157,15 @@ template <class C>
 GradientSums gradient_sums(const MaskedColumns& in, const void* grad, double mean, std::int64_t begin, std::int64_t end) {
   using V = typename Lanes<C>::Vec;
   const Centre<C> centre(mean);
-  C x[kTile], counted[kTile], g[kTile];
+  C x[kTile], g[kTile];
   DoubleSum<C> grads, products;
   for_tiles(begin, end, [&](std::int64_t at, std::int64_t n) {
-    take(in, at, n, x, counted);
+    take_counted(in.mask + at, TokenRows{in.x, in.dtype, 0}, at, n, x);
     take_counted(in.mask + at, TokenRows{grad, sizeof(C) == 4 ? DType::kFloat32 : DType::kFloat64, 0}, at, n, g);
     for (std::int64_t i = 0; i < n; i += Lanes<C>::kWidth) {
       const V own = load(g + i);
-      const V product = own * ((load(x + i) - centre.near) - centre.rest);
       grads.add(own);
-      products.add(load(counted + i) > V{} ? product : V{});
+      products.add(own * ((load(x + i) - centre.near) - centre.rest));
     }
   });
   return {grads.total(), products.total()};

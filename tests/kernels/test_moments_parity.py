@@ -310,6 +310,8 @@ def test_what_counts_and_is_not_finite_shows_as_in_the_reference(impl: str, op: 
     values = [call(op, x, torch.ones(3, 5), name) for name in (impl, "reference")]
     torch.testing.assert_close(*values, equal_nan=True)
     assert not values[0].isfinite().all()
+    values = [call(op, torch.full((3, 5), bad), torch.ones(3, 5), name) for name in (impl, "reference")]
+    torch.testing.assert_close(*values, equal_nan=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

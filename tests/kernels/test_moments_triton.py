@@ -32,6 +32,17 @@ def test_moment_is_well_formed(impl: str, dtype: torch.dtype, axis: int | None, 
     )
 
 
+@pytest.mark.parametrize("impl", CPU and IMPLS)
+def test_a_mean_is_never_over_one_less(impl: str) -> None:
+    x, mask = torch.randn(3, 7), torch.rand(3, 7) > 0.3
+    results = []
+    for unbiased in (False, True):
+        leaf = x.clone().requires_grad_()
+        mean, _ = fused_moments.masked_moment(leaf, mask, 0, unbiased, 1, impl)
+        results.append((mean, *torch.autograd.grad(mean.sum(), leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("keep_mean", [False, True])
 @pytest.mark.parametrize(("impl", "dtype"), CPU and WELL_FORMED)
 def test_normalize_is_well_formed(impl: str, dtype: torch.dtype, keep_mean: bool) -> None:
