@@ -144,7 +144,8 @@ def test_sizes(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             # A Triton kernel names every pointer and stride on a line of its own.
-            most = 110 if "triton.jit" in map(ast.unparse, node.decorator_list) else 80
+            decorators = map(ast.unparse, node.decorator_list)
+            most = 110 if any(name.startswith("triton.jit") for name in decorators) else 80
             assert lines_of(node) <= most, f"{node.name} has {lines_of(node)} lines"
 
 
