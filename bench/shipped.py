@@ -102,7 +102,10 @@ def logits_calls(dtype: torch.dtype, vocab: int) -> Iterator[tuple[str, Callable
         yield "+".join(filter(None, ["free", name])), partial(call, inplace=False)
         yield "+".join(filter(None, ["inplace", name])), partial(call, inplace=True)
         state = meta(rows, policy_loss.ROW_STATE)
-        yield name, partial(policy_loss.policy_gradient, scalar, x, labels, scalar, other, state, **grids)
+        gradient = partial(policy_loss.policy_gradient, scalar, x, labels, scalar, other, state, **grids)
+        yield name, gradient
+        if dtype == torch.float16:  # the one dtype whose gradient is made in place by a launch of its own
+            yield "+".join(filter(None, ["inplace", name])), partial(gradient, inplace=True)
     yield "", partial(policy_loss.scale_rows, scalar, x, grid=grid)
 
 
