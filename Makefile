@@ -5,7 +5,7 @@ RUNS ?= runs
 RESULTS ?= bench/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-NATIVE := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 # The folder kernels/ must not shadow the package of that name; models are read from folders, never from a hub.
 export PYTHONSAFEPATH = 1

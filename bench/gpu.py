@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--budget", type=float, default=500.0, help="seconds for everything")
-    parser.add_argument("--tests", nargs="*", default=["tests/kernels", "tests/ops"])
+    parser.add_argument("--tests", nargs="*", default=["tests/kernels", "tests/cuda", "tests/ops"])
     parser.add_argument("--suites", nargs="*", default=list(SUITES))
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.budget - GRACE

@@ -1,11 +1,13 @@
 """Compile every shipped kernel configuration for every GPU it is written for, and write what each one needs.
 
-    python bench/resources.py [bench/resources.csv]
+    python bench/resources.py [bench/resources.csv] [--cuda-only]
 
 Needs no GPU: Triton's wheel carries the compilers and disassemblers. Arguments are specialised as the runtime does
-it. Configurations that give the same source and options are compiled once and listed each.
+it. Configurations that give the same source and options are compiled once and listed each. The CUDA C++ kernels are
+listed too where nvcc is; `--cuda-only` takes these anew, in seconds, and leaves all other rows as they are.
 """
 
+import argparse
 import csv
 import multiprocessing
 import os
@@ -19,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as conftest.py does; PYTHONSAFEPATH leaves it out
 
+import resources_cuda
 import triton
 from shipped import Launch, launches
 from triton._C.libtriton import native_specialize_impl
@@ -73,13 +76,8 @@ def widest_amd(direction: str, text: str) -> int:
     return max((AMD_BYTES[size] for size in found), default=0)
 
 
-def nvidia_figures(compiled: Any) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        dump = subprocess.run(
-            [CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+def usage_figures(dump: str) -> dict[str, int]:
+    """What cuobjdump says of one kernel."""
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     return {
         "registers": usage["REG"],
@@ -87,6 +85,16 @@ def nvidia_figures(compiled: Any) -> dict[str, int]:
         "load_bytes": widest_nvidia("LDG", dump),
         "store_bytes": widest_nvidia("STG", dump),
     }
+
+
+def nvidia_figures(compiled: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = subprocess.run(
+            [CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return usage_figures(dump)
 
 
 def amd_figures(compiled: Any) -> dict[str, int]:
@@ -129,7 +137,7 @@ def figures(index: int) -> dict[str, int]:
 
 
 def table(processes: int = 2) -> list[dict[str, Any]]:
-    """One row for every configuration and target, sorted."""
+    """One row for every configuration of a Triton kernel and target."""
     pairs, unique, serves = work()
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         measured = pool.map(figures, range(len(unique)), chunksize=4)
@@ -138,21 +146,42 @@ def table(processes: int = 2) -> list[dict[str, Any]]:
         keys = (launch.kernel, target_name(target), launch.dtype, launch.vocab, launch.variant)
         block = launch.arguments.get("BLOCK", "")
         rows.append(dict(zip(KEYS, keys, strict=True)) | {"block": block} | measured[index])
-    return sorted(rows, key=lambda row: [str(row[key]) for key in KEYS])
+    return rows
+
+
+def listed(path: Path, *, cuda: bool) -> list[dict[str, Any]]:
+    """The rows of a table that is there, of the CUDA C++ kernels or all others."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if (row["variant"] == resources_cuda.VARIANT) == cuda]
 
 
 def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else TABLE
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("table", type=Path, nargs="?", default=TABLE)
+    parser.add_argument("--cuda-only", action="store_true")
+    arguments = parser.parse_args()
+    target = arguments.table
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing: unset TRITON_INTERPRET"
-    with tempfile.TemporaryDirectory() as cache:
-        triton.knobs.cache.dir = cache
-        rows = table()
+    if arguments.cuda_only:
+        rows = listed(target, cuda=False)
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            triton.knobs.cache.dir = cache
+            rows = table()
+    if resources_cuda.nvcc() is None:
+        print("no nvcc on PATH or in CUDA_HOME: the rows of the CUDA C++ kernels are left as they are")
+        rows += listed(target, cuda=True)
+    else:
+        rows += resources_cuda.table(CUOBJDUMP, usage_figures)
+    rows.sort(key=lambda row: [str(row[key]) for key in KEYS])
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*KEYS, *FIGURES], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    spilled = [row for row in rows if row["spill_bytes"]]
-    print(f"{len(rows)} configurations, {len(work()[1])} compilations, {len(spilled)} with spills: {target}")
+    spilled = [row for row in rows if int(row["spill_bytes"])]
+    print(f"{len(rows)} configurations, {len(spilled)} with spills: {target}")
 
 
 if __name__ == "__main__":

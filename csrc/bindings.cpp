@@ -279,4 +279,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");
+#ifdef PPO_FAST_CUDA
+  define_cuda_ops(m);
+#endif
 }

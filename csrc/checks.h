@@ -86,4 +86,7 @@ void define_token_ops(py::module_& m);
 // The exact KL and the policy loss from logits.
 void define_policy_ops(py::module_& m);
 
+// The CUDA kernels, where they are built.
+void define_cuda_ops(py::module_& m);
+
 }  // namespace ppo_fast

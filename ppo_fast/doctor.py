@@ -26,10 +26,14 @@ def machine() -> list[str]:
         others = [isa for isa in info["isas_compiled"] if isa not in info["isas_supported"]]
         beyond = f"; built but not run by this processor: {', '.join(others)}" if others else ""
         native = f"built by {info['compiler']}; {sets}{beyond}"
+    cuda = f"not built: {info['cuda_reason']}"
+    if info["cuda"]:
+        cuda = f"built by {info['cuda_compiler']} for {', '.join(info['cuda_targets'])}"
     triton = version("triton") if importlib.util.find_spec("triton") else "not installed"
     return [
         f"ppo-fast {version('ppo-fast')}, torch {torch.__version__}, Python {platform.python_version()}",
         f"native extension: {native}",
+        f"CUDA kernels:     {cuda}",
         f"triton:           {triton}",
         f"GPU:              {gpu()}",
     ]

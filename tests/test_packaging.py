@@ -90,6 +90,56 @@ def test_kernels_init_is_a_docstring_only() -> None:
     assert [type(node) for node in body] == [ast.Expr]
 
 
+SOURCES = """
+import runpy, setuptools
+setuptools.setup = lambda ext_modules, **_: print(*ext_modules[0].sources)
+made = runpy.run_path("setup.py")["CUDA"]
+print(made if isinstance(made, str) else made.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"PPO_FAST_CUDA": "0"}, "PPO_FAST_CUDA=0"),
+        ({"PATH": "/nowhere", "CUDA_HOME": "/nowhere"}, "no nvcc on PATH or in CUDA_HOME"),
+    ],
+)
+def test_a_build_without_nvcc_leaves_the_cuda_kernels_out(
+    variables: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    sources, said = fresh(SOURCES, ROOT).splitlines()
+    assert said == reason
+    assert "csrc/bindings.cpp" in sources
+    assert "cuda" not in sources
+
+
+def test_a_compiler_of_a_few_targets_and_its_runtime_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to an older nvcc, as /usr/local/bin may hold: its runtime lies beside what it calls its own folder."""
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in\n--version) echo 'Cuda compilation tools, release 12.4, V12.4.99' ;;\n"
+        f"--list-gpu-code) echo sm_80 sm_90 ;;\n--dryrun) echo '#$ TOP={toolkit}/bin/..' >&2 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(nvcc)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'links'}:/usr/bin:/bin")
+    found = SOURCES.replace("made.name", "made.targets")
+    assert "libcudart_static.a" in fresh(found, ROOT).splitlines()[1]
+    (toolkit / "lib64" / "libcudart_static.a").touch()
+    sources, targets = fresh(found, ROOT).splitlines()
+    assert targets == "['sm_80', 'sm_90a']"
+    assert "csrc/cuda/logits_cluster.cu" in sources
+
+
 @pytest.fixture(scope="module")
 def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Build the wheel from a copy of the sources, with a `torch` on the path that raises when imported."""
@@ -134,4 +184,4 @@ def test_wheel_holds_the_package(wheel_files: list[str]) -> None:
 def test_wheel_holds_nothing_else(wheel_files: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_files}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ppo_fast"}
-    assert not [name for name in wheel_files if name.endswith((".cpp", ".h"))]
+    assert not [name for name in wheel_files if name.endswith((".cpp", ".h", ".cu", ".cuh"))]

@@ -25,12 +25,14 @@ _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable(impl: str, tensor: Tensor) -> str | None:
-    """Say why `impl` ("cpu" or "triton") cannot run on this tensor, or return None if it can."""
+    """Say why `impl` ("cpu", "triton" or "cuda") cannot run on this tensor, or return None if it can."""
     if impl == "cpu":
         return _cpu_unavailable(tensor)
     if impl == "triton":
         return _triton_unavailable(tensor)
-    return f"there is no fused implementation of the name {impl!r}, only cpu and triton"
+    if impl == "cuda":
+        return _cuda_unavailable(tensor)
+    return f"there is no fused implementation of the name {impl!r}, only cpu, triton and cuda"
 
 
 def _cpu_unavailable(tensor: Tensor) -> str | None:
@@ -52,6 +54,22 @@ def _triton_unavailable(tensor: Tensor) -> str | None:
         return f"it needs tensors on a GPU, these are on {tensor.device}"
     if tensor.dtype not in TRITON_DTYPES:
         return f"it has no kernel for {tensor.dtype}"
+    return None
+
+
+def _cuda_unavailable(tensor: Tensor) -> str | None:
+    if build.CUDA_MISSING_REASON is not None:
+        return build.CUDA_MISSING_REASON
+    if tensor.device.type != "cuda":
+        return f"it needs tensors on an NVIDIA GPU, these are on {tensor.device}"
+    if tensor.dtype not in TRITON_DTYPES:
+        return f"it has no kernel for {tensor.dtype}"
+    if not _TRITON_INSTALLED:
+        return "its sums over tokens and its gradients are Triton's, and triton is not installed"
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if not build.runs_on(capability):
+        built = ", ".join(build.CUDA_TARGETS)
+        return f"it is built for {built}, and this GPU is an sm_{capability[0]}{capability[1]}"
     return None
 
 

@@ -11,6 +11,7 @@ Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Probe = Callable[[Tensor], str | None]  # the reason why this implementation cannot run a call, or None
 
 # Fastest first. What auto may take: the interpreter's Triton on CPU tensors only runs when asked for by name.
+# CUDA C++ is not among them until a measurement on a GPU puts it before Triton.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 
 
@@ -26,14 +27,15 @@ def _backend(impl: str) -> Probe:
 
 
 _NATIVE_AND_TRITON = {"cpu": _backend("cpu"), "triton": _backend("triton")}
+_EVERY_BACKEND = {**_NATIVE_AND_TRITON, "cuda": _backend("cuda")}
 _TABLE: dict[str, dict[str, Probe]] = {
     "entropy_from_logits": _NATIVE_AND_TRITON,
     "logprobs_and_entropy_from_logits": _NATIVE_AND_TRITON,
     "logprobs_from_logits": _NATIVE_AND_TRITON,
-    "gae": _NATIVE_AND_TRITON,
+    "gae": _EVERY_BACKEND,
     "kl_estimate": _NATIVE_AND_TRITON,
-    "kl_shaped_rewards": _NATIVE_AND_TRITON,
-    "shaped_gae": _NATIVE_AND_TRITON,
+    "kl_shaped_rewards": _EVERY_BACKEND,
+    "shaped_gae": _EVERY_BACKEND,
     "masked_mean": _NATIVE_AND_TRITON,
     "masked_var": _NATIVE_AND_TRITON,
     "masked_whiten": _NATIVE_AND_TRITON,
@@ -41,7 +43,7 @@ _TABLE: dict[str, dict[str, Probe]] = {
     "policy_loss": _NATIVE_AND_TRITON,
     "value_loss": _NATIVE_AND_TRITON,
     "kl_from_logits": _NATIVE_AND_TRITON,
-    "policy_loss_from_logits": _NATIVE_AND_TRITON,
+    "policy_loss_from_logits": _EVERY_BACKEND,
 }
 
 

@@ -1,4 +1,4 @@
-"""The experience stage as `torch.library` operators: one sweep, and one to whiten. C++ on a CPU, Triton on a GPU."""
+"""The experience stage as `torch.library` operators: one sweep, and one to whiten, in C++, Triton or CUDA."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("rewards", "kl", "advantages", "returns")
 CONSTANTS = ("gamma", "lam", "ref_logprobs")
 WHITEN = {"biased": 1, "unbiased": 2}  # codes of csrc/cpu/experience.h
-MOMENTS = {"cpu": 3, "triton": 4}  # numbers of a part: in rows of float64, or in planes of float32
+MOMENTS = {"cpu": 3, "triton": 4, "cuda": 4}  # numbers of a part: in rows of float64, or in planes of float32
 
 
 def shaped_gae(
@@ -177,23 +177,30 @@ def experience(
             mask_rule,
             whitening,
         )
-    from ppo_fast.kernels import experience as kernels
+    moments = whitening != "none"
+    if impl == "cuda":
+        from ppo_fast.ops import native_cuda
 
-    mask = comparable(mask)
-    inputs = kernels.ExperienceInputs(
-        mask=contiguous_rows(mask),
-        coefficients=coefficients,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        **tokens,
-        **per_row,
-    )
-    out, parts = kernels.experience_forward(
-        inputs, kind=kind, mask_rule=mask_rule, moments=whitening != "none"
-    )
-    if whitening == "parts":
+        wanted = dict(zip(OUTPUTS, _wanted(scores, values), strict=True))
+        out, parts = native_cuda.experience_forward(
+            contiguous_rows(mask), tokens, per_row, coefficients, cu_seqlens,
+            wanted=wanted, kind=kind, mask_rule=mask_rule, moments=moments,
+        )  # fmt: skip
+    else:
+        out, parts = _triton_experience(
+            contiguous_rows(comparable(mask)),
+            tokens,
+            per_row,
+            coefficients,
+            cu_seqlens,
+            kind,
+            mask_rule,
+            moments,
+        )
+    if parts is not None and whitening == "parts":
         return out, parts
-    if whitening != "none":
-        kernels.whiten_by_parts(out[-2], mask.contiguous(), parts, unbiased=whitening == "unbiased")
+    if parts is not None:
+        _whiten(out[-2], mask, parts, whitening == "unbiased", impl)
     return out, coefficients.new_empty(0)
 
 
@@ -221,6 +228,40 @@ def _(
     parts = (sequences, MOMENTS[impl]) if impl == "cpu" else (MOMENTS[impl], sequences)
     tokens = mask.new_empty((sum(_wanted(scores, values)), *mask.shape), dtype=dtype)
     return tokens, coefficients.new_empty(parts if whitening == "parts" else (0,))
+
+
+def _triton_experience(
+    mask: Tensor,
+    tokens: dict[str, Tensor | None],
+    per_row: dict[str, Tensor | None],
+    coefficients: Tensor,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    mask_rule: str,
+    moments: bool,
+) -> tuple[Tensor, Tensor | None]:
+    from ppo_fast.kernels import experience as kernels
+
+    inputs = kernels.ExperienceInputs(
+        mask=mask,
+        coefficients=coefficients,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        **tokens,
+        **per_row,
+    )
+    return kernels.experience_forward(inputs, kind=kind, mask_rule=mask_rule, moments=moments)
+
+
+def _whiten(x: Tensor, mask: Tensor, parts: Tensor, unbiased: bool, impl: str) -> None:
+    """Whiten `x` in place on a GPU."""
+    if impl == "cuda":
+        from ppo_fast.ops import native_cuda
+
+        native_cuda.whiten_by_parts(x, mask, parts, unbiased=unbiased)
+        return
+    from ppo_fast.kernels import experience as kernels
+
+    kernels.whiten_by_parts(x, comparable(mask).contiguous(), parts, unbiased=unbiased)
 
 
 def _cpu_experience(
@@ -286,9 +327,7 @@ def whiten_by_parts(x: Tensor, mask: Tensor, parts: Tensor, unbiased: bool, impl
             isa=build.selected_isa(),
         )
         return
-    from ppo_fast.kernels import experience as kernels
-
-    kernels.whiten_by_parts(x, comparable(mask).contiguous(), parts, unbiased=unbiased)
+    _whiten(x, mask, parts, unbiased, impl)
 
 
 @torch.library.custom_op("ppo_fast::merge_parts", mutates_args=())
@@ -298,9 +337,14 @@ def merge_parts(parts: Tensor, impl: str) -> Tensor:
         whole = torch.empty((1, MOMENTS[impl]), dtype=torch.float64)
         build.extension().merge_parts(parts=parts.data_ptr(), count=parts.shape[0], whole=whole.data_ptr())
         return whole
-    from ppo_fast.kernels import experience as kernels
+    if impl == "cuda":
+        from ppo_fast.ops import native_cuda
 
-    merged = kernels.group_parts(parts, 1)
+        merged = native_cuda.group_parts(parts, 1)
+    else:
+        from ppo_fast.kernels import experience as kernels
+
+        merged = kernels.group_parts(parts, 1)
     return merged.clone() if merged is parts else merged
 
 

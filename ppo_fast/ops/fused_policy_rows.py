@@ -1,4 +1,7 @@
-"""The clipped policy loss from logits, with the gradient made beside the loss or after it: C++ or Triton."""
+"""The clipped policy loss from logits, with the gradient made beside the loss or after it: C++, Triton or CUDA.
+
+CUDA has the sweep over the logits; its sums over tokens, and a gradient that is made afterwards, are Triton's.
+"""
 
 from types import ModuleType
 from typing import Any
@@ -15,7 +18,7 @@ from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 from ppo_fast.records import PolicyLoss
 
 LOGITS_STATS = (*TOKEN_STATS, "entropy", "kl")
-STATE = {"cpu": native_rows.POLICY_STATE, "triton": 7}  # numbers of a row
+STATE = {"cpu": native_rows.POLICY_STATE, "triton": 7, "cuda": 7}  # numbers of a row
 
 
 def policy_loss_from_logits(
@@ -88,6 +91,17 @@ def _token_launchers(impl: str) -> tuple[ModuleType, ModuleType]:
     return tokens, sequences
 
 
+def _row_launchers(impl: str) -> ModuleType:
+    """Where `policy_rows` of a GPU's implementation stands."""
+    if impl == "cuda":
+        from ppo_fast.ops import native_cuda
+
+        return native_cuda
+    from ppo_fast.kernels import policy_loss
+
+    return policy_loss
+
+
 def _run_rows(
     logits: Tensor,
     labels: Tensor,
@@ -118,10 +132,8 @@ def _run_rows(
             rows, *numbers, ref_rows, coefficients, inplace=inplace
         )
     else:
-        from ppo_fast.kernels import policy_loss as kernels
-
         rows, ref_rows = gpu_row_grid(logits), _gpu_ref(logits, ref_logits)
-        logprobs, entropy, kl, state = kernels.policy_rows(
+        logprobs, entropy, kl, state = _row_launchers(impl).policy_rows(
             rows.logits,
             *numbers,
             None if ref_rows is None else ref_rows.logits,

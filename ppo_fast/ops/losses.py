@@ -158,7 +158,7 @@ def policy_loss_from_logits(
         inplace_backward: allow the gradient to be written over the storage of `logits`. A permission: an
             implementation may leave it unused, and nothing else may read `logits` after it was given. bfloat16 is
             rounded before the gradient of the loss multiplies it, and once more after; float16 only after.
-        impl: auto, reference, cpu or triton.
+        impl: auto, reference, cpu, triton, or without `ref_logits` cuda.
 
     Returns:
         PolicyLoss; only its loss is differentiable, in `logits`. Stats as in `policy_loss`, plus entropy and
@@ -199,6 +199,8 @@ def policy_loss_from_logits(
         "inplace_backward": inplace_backward,
     }
     runs = dispatch.resolve("policy_loss_from_logits", impl, logits, ref_logits)
+    if runs == "cuda" and ref_logits is not None:
+        check.fail("impl", "is 'cuda', which has no exact KL", "'triton', since `ref_logits` is given")
     if runs == "reference":
         return reference.policy_loss_from_logits(*tokens_of, **surrogate)
     from ppo_fast.ops import fused_policy_rows

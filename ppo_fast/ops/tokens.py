@@ -140,7 +140,7 @@ def kl_shaped_rewards(
         score_index: [B], int64, the counted slot that is paid the score; None means the last one.
         token_rewards: [B, T], dense rewards to add, or None.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto, reference, cpu or triton.
+        impl: auto, reference, cpu, triton or cuda.
 
     Returns:
         rewards, shaped as `logprobs`, float32 (float64 for float64), 0 in masked slots; a row without a
@@ -209,7 +209,7 @@ def gae(
             mask with holes it gives multiply's numbers. On a mask without holes all three agree.
         bootstrap: [B], V after the last counted token, for a response that was cut off, or None.
         cu_seqlens: [B + 1], int, where each sequence starts in packed tensors, or None.
-        impl: auto, reference, cpu or triton.
+        impl: auto, reference, cpu, triton or cuda.
 
     Returns:
         (advantages, returns), shaped as `rewards`, float32 (float64 for float64), 0 in masked slots.
@@ -273,7 +273,7 @@ def shaped_gae(
         group: a process group whose ranks whiten by the mean and variance of all their tokens, at the price of
             one all-reduce; every rank must call, with whatever batch it has. None: this batch alone.
         cu_seqlens: [B + 1], int: then every [B, T] is packed [total]; or None.
-        impl: auto, reference, cpu or triton.
+        impl: auto, reference, cpu, triton or cuda.
 
     Returns:
         Experience(rewards, advantages, returns, kl), shaped as `logprobs`, float32 (float64 for float64), 0
