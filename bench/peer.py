@@ -1,15 +1,18 @@
 """Other libraries' kernels for the same work, where they are importable; each is imported only when it is timed."""
 
+import eager
+import torch
 from measure import DEVICE, peers
 from suite import Function
 from torch import Tensor
 
-# (peer, op) -> whether it has a backward. Signatures: trl 1.16, flash-attn 2.8; flash-attn's is a cross-entropy.
-# Liger's fused_selective_log_softmax is not here: it drops the last row of every sequence and has no backward alone.
+# (peer, op) -> whether it has a backward. Signatures: trl 1.16, flash-attn 2.8, liger-kernel 0.8; flash-attn's is a
+# cross-entropy, and Liger's log-probability has a backward inside its GRPO loss alone.
 OPS = {
     ("trl", "logprobs_and_entropy"): True,
     ("trl", "logprobs"): True,
     ("flash", "logprobs"): True,
+    ("liger", "logprobs"): False,
 }
 NAMES = [name for name in peers() if DEVICE == "cuda" and any(name == peer for peer, _ in OPS)]
 
@@ -20,7 +23,7 @@ def has(name: str, op: str, backward: bool) -> bool:
 
 def rows(name: str, op: str, temperature: float) -> Function:
     """(logits, labels) -> the results of `op`."""
-    return {"trl": trl_rows, "flash": flash_rows}[name](op, temperature)
+    return {"trl": trl_rows, "flash": flash_rows, "liger": liger_rows}[name](op, temperature)
 
 
 def trl_rows(op: str, temperature: float) -> Function:
@@ -39,5 +42,17 @@ def flash_rows(op: str, temperature: float) -> Function:
 
     def function(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return (-cross_entropy_loss(logits, labels, logit_scale=1 / temperature)[0],)
+
+    return function
+
+
+def liger_rows(op: str, temperature: float) -> Function:
+    """Liger leaves the last row of a sequence out; eager torch takes that one here."""
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    def function(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        most = fused_selective_log_softmax(logits.unsqueeze(0), labels[:-1].unsqueeze(0), temperature)[0]
+        last = eager.pick(eager.log_softmax(logits[-1:], temperature), labels[-1:])
+        return (torch.cat([most, last]),)
 
     return function
