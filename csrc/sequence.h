@@ -109,13 +109,6 @@ struct TilePointers {
   }
 };
 
-template <class C>
-inline double sum_of(typename Lanes<C>::Vec x) {
-  double sum = 0.0;
-  for (int lane = 0; lane < Lanes<C>::kWidth; ++lane) sum += static_cast<double>(x[lane]);
-  return sum;
-}
-
 // What a sequence hands on from a block to the one before it.
 template <class C>
 struct Carry {
@@ -173,7 +166,7 @@ inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first,
   const Recurrence<C> chain = recurrence;
   Carry<C> own = carry;
   C pivot = static_cast<C>(own.pivot);
-  V sum{}, squares{};
+  DoubleSum<C> sum, squares;  // in double: a pivot far from the mean leaves little of the variance in float
   std::int64_t at = first;
   for (; at >= 0 && whole_block_counts<C>(in.mask + at); at -= kWidth) {
     V r{};
@@ -206,15 +199,14 @@ inline std::int64_t full_blocks(const TilePointers<C>& tile, std::int64_t first,
     own.advantage = first_lane(advantage, lanes);
     own.next_value = first_lane(v, lanes);
     if (kUsual || shaping.moments) {
-      const V x = advantage - pivot;
-      sum += x;
-      squares += x * x;
+      sum.add(advantage);
+      squares.add_squares(advantage, V{} + C(1), static_cast<double>(pivot));
     }
   }
   own.pivot = static_cast<double>(pivot);
   own.count += static_cast<double>(first - at);
-  own.total += sum_of<C>(sum);  // lanes hold at most a tile's: in the arithmetic's dtype these few sums lose nothing
-  own.squares += sum_of<C>(squares);
+  if (shaping.moments) own.total += sum.total() - own.pivot * static_cast<double>(first - at);
+  own.squares += squares.total();
   carry = own;
   return at;
 }

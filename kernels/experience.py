@@ -313,7 +313,12 @@ def experience_forward(
 
 
 def group_parts(partials: Tensor, most: int) -> Tensor:
-    """Merge partial moments [4, parts] until at most `most` parts are left; a launch for each factor of 1024."""
+    """Merge partial moments [4, parts] until at most `most` parts are left; a launch for each factor of 1024.
+
+    Of no parts at all it makes one, of which nothing counts.
+    """
+    if partials.shape[1] == 0:
+        return torch.zeros((PARTIALS, 1), dtype=torch.float32, device=partials.device)
     while partials.shape[1] > most:
         parts = partials.shape[1]
         size = min(triton.next_power_of_2(triton.cdiv(parts, most)), MOST_CHUNKS)

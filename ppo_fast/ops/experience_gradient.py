@@ -168,9 +168,10 @@ def backward(ctx: Any, grad_tokens: Tensor | None, _grad_parts: Tensor | None) -
         of_kl = -coefficients[0].to(down.dtype) * down
         if values is not None:
             of_kl = of_kl + torch.where(counted, grad_tokens[1], 0.0)
-        kept = [torch.where(counted, x, 0.0) for x in (logprobs, ref_logprobs)]
+        kept = [torch.where(counted, x, 0.0).to(of_kl.dtype) for x in (logprobs, ref_logprobs)]
         no_clamps = torch.full_like(coefficients, math.inf)
-        grad_logprobs = sampled_kl_backward(of_kl, *kept, no_clamps, ctx.kind, ctx.impl)
+        of_logprobs = sampled_kl_backward(of_kl, *kept, no_clamps, ctx.kind, ctx.impl)
+        grad_logprobs = of_logprobs.to(logprobs.dtype)
     return (
         *(None,) * 7,
         grad_logprobs,

@@ -116,6 +116,7 @@ def sampled_kl_backward(
     """Gradient of the log-probabilities, in their dtype."""
     grad, logprobs, ref_logprobs = (x.contiguous() for x in (grad, logprobs, ref_logprobs))
     if impl == "cpu":
+        grad = grad.to(widest(logprobs, ref_logprobs))  # as native code takes it, by its address alone
         out = torch.empty(logprobs.shape, dtype=logprobs.dtype)
         _cpu_kl(logprobs, ref_logprobs, clamps, kind, grad, out)
         return out

@@ -133,6 +133,8 @@ def experience_forward(
 
 def group_parts(parts: Tensor, most: int) -> Tensor:
     """Merge partial moments [4, count] until at most `most` are left; a launch for each factor of 1024."""
+    if parts.shape[1] == 0:  # of no parts at all one, of which nothing counts
+        return torch.zeros((PARTIALS, 1), dtype=torch.float32, device=parts.device)
     while parts.shape[1] > most:
         count = parts.shape[1]
         size = min(-(-count // most), MOST_PARTS)

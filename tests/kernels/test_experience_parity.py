@@ -1,8 +1,10 @@
 """The experience stage in C++ and Triton: every rule and layout against float64, with eager as the yardstick."""
 
+import os
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast import build
 from ppo_fast.ops import backends
 from ppo_fast.records import Experience
 
@@ -380,3 +383,62 @@ def test_what_cannot_run_says_why() -> None:
         ValueError, match="impl='triton' is not available for gae: it has no kernel for torch.float64"
     ):
         ppo_fast.gae(x, x.double(), x, impl="triton")
+
+
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_whitening_a_sparse_reward_of_a_long_response(length: int) -> None:
+    """Values of 0 and one reward at the end: the first advantage met is far from nearly all the others."""
+    if "cpu" not in IMPLS:
+        pytest.skip("the native kernel runs on the CPU")
+    zeros = torch.zeros(1, length)
+    given = (zeros, zeros, torch.tensor([4.7]), zeros, zeros + 1)
+    for instruction_set in build.build_info()["isas_supported"]:
+        with mock.patch.dict(os.environ, {build.ISA_VARIABLE: instruction_set}):
+            advantages = ppo_fast.shaped_gae(*given, impl="cpu").advantages
+        assert advantages.double().var(unbiased=False).item() == pytest.approx(1.0, abs=2e-5)
+        assert advantages.double().mean().item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["values", "scores", "token_rewards", "ref_logprobs"])
+def test_gradients_of_mixed_dtypes(wide: str) -> None:
+    """One input in float64 makes the arithmetic so; every gradient keeps the dtype of its input."""
+    if "cpu" not in IMPLS:
+        pytest.skip("the native kernel runs on the CPU")
+    tensors = batch()
+    tensors[wide] = tensors[wide].double()
+    down = torch.randn(4, len(LENGTHS), WIDTH, dtype=torch.float64)
+    results = []
+    for impl, inputs in (("cpu", tensors), ("reference", cast(tensors, torch.float64))):
+        leaves = {k: x.clone().requires_grad_(k in GRADIENTS) for k, x in inputs.items()}
+        out = run(leaves, impl, whiten=False, kind="k3")
+        total = sum((x.double() * d).sum() for x, d in zip(out, down, strict=True))
+        names = [k for k in GRADIENTS if k in leaves]
+        results.append(dict(zip(names, torch.autograd.grad(total, [leaves[k] for k in names]), strict=True)))
+    for name, truth in results[1].items():
+        got = results[0][name]
+        assert got.dtype == tensors[name].dtype
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_with_numbers_of_each_sequence(impl: str) -> None:
+    """Own discounts and an own paid slot; a hole of more than a tile, and scores on both sides of the clip."""
+    tensors = batch() | {"bootstrap": torch.randn(len(LENGTHS))}
+    tensors["mask"][2, 5:140] = False
+    tensors |= {
+        "gamma": torch.tensor([1.0, 0.5, 0.99, 0.3, 0.9]),
+        "lam": torch.tensor([0.95, 0.5, 0.7, 1.0, 0.8]),
+        "score_index": torch.tensor([40, 0, 3, 0, 2]),
+        "scores": torch.tensor([3.0, 1.0, -2.0, 0.5, 7.0]),
+    }
+    results = []
+    for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
+        given = {k: x.clone().requires_grad_(k in GRADIENTS) for k, x in cast(tensors, dtype).items()}
+        out = run(given, name, whiten=False)
+        torch.manual_seed(1)
+        total = sum((x.double() * torch.randn(x.shape, dtype=torch.float64)).sum() for x in out)
+        results.append(torch.autograd.grad(total, [given[k] for k in GRADIENTS]))
+    for name, got, truth in zip(GRADIENTS, *results, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-4, msg=name)
+    assert results[0][1][4] == 0  # beyond the clip
+    assert results[0][1][0] != 0
