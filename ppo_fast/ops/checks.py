@@ -12,8 +12,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ppo_fast.reference.numerics import pad_rows
-
 _check_everything = False
 
 
@@ -185,12 +183,19 @@ class Checker:
         self._placed("score_index", index, (batch,), "one for each sequence")
         if index.dtype != torch.int64:
             self.fail("score_index", f"has dtype {index.dtype}", "torch.int64", TypeError)
-        counted = (mask if cu_seqlens is None else pad_rows(mask, cu_seqlens)) != 0
-        if _readable(index) and counted.numel():
-            inside = (index >= 0) & (index < counted.shape[1])
-            pays = counted.gather(1, torch.where(inside, index, 0).unsqueeze(1)).squeeze(1)
-            good = (inside & pays) | ~counted.any(dim=1)
-            self._all("score_index", good, index, "a slot that the mask of its sequence counts")
+        if not _readable(index) or mask.numel() == 0:
+            return
+        counted = (mask != 0).flatten()
+        width = mask.shape[-1]
+        bounds = (
+            torch.arange(batch + 1, device=mask.device) * width if cu_seqlens is None else cu_seqlens.long()
+        )
+        starts, sizes = bounds[:-1], bounds.diff()
+        inside = (index >= 0) & (index < sizes)
+        pays = counted[torch.where(inside, starts + index, 0)]
+        so_far = torch.nn.functional.pad(counted.cumsum(0), (1, 0))
+        good = (inside & pays) | (so_far[bounds[1:]] == so_far[starts])
+        self._all("score_index", good, index, "a slot that the mask of its sequence counts")
 
     def cu_seqlens(self, cu_seqlens: Tensor, total: int) -> int:
         """Integers [B + 1] that rise from 0 to `total`; returns B."""

@@ -277,7 +277,8 @@ def shaped_gae(
 
     Returns:
         Experience(rewards, advantages, returns, kl), shaped as `logprobs`, float32 (float64 for float64), 0
-        in masked slots; kl is the estimate per token in nats, not scaled by `kl_coef`.
+        in masked slots; kl is the estimate per token in nats, not scaled by `kl_coef`. The four may be views of
+        one block of memory: clone one to keep, store or change it alone.
 
     Raises:
         ValueError, TypeError: as `kl_shaped_rewards` and `gae`.
