@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -97,13 +98,13 @@ extension = Pybind11Extension(
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra"],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
 )
 if isinstance(CUDA, Cuda):
     extension.sources += [CUDA_BINDINGS, *sorted(glob("csrc/cuda/*.cu"))]
     named = {"PPO_FAST_CUDA": CUDA.name, "PPO_FAST_CUDA_TARGETS": " ".join(CUDA.targets)}
     extension.define_macros += [(name, f'"{value}"') for name, value in named.items()]
     # Not one name of this runtime is seen outside: torch brings another one.
-    extension.extra_link_args += [CUDA.runtime, "-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
+    extension.extra_link_args += [CUDA.runtime, "-Wl,--exclude-libs,ALL", "-lrt"]
 
 setup(cmdclass={"build_ext": BuildWithCuda}, ext_modules=[extension])

@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
 #include <thread>
-#include <vector>
 
 namespace ppo_fast {
 
@@ -16,18 +14,14 @@ inline std::int64_t rows_per_chunk(std::int64_t elements_per_row) {
   return std::max<std::int64_t>(1, kElementsPerChunk / std::max<std::int64_t>(1, elements_per_row));
 }
 
+// Calls work(data) on at most `threads` threads, the calling one included: those of torch where it has any.
+void run_on_threads(int threads, void (*work)(void*), void* data);
+
 // Runs `work` on at most `threads` threads, the calling one included, and on no more than there are chunks.
 template <class Work>
 void on_threads(std::int64_t chunks, int threads, const Work& work) {
-  std::vector<std::thread> others;
-  const std::int64_t helpers = std::min<std::int64_t>(threads, chunks) - 1;
-  try {
-    for (std::int64_t i = 0; i < helpers; ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system gives no more threads: those that started, and this one, share the rows.
-  }
-  work();
-  for (std::thread& t : others) t.join();
+  const int team = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+  run_on_threads(team, [](void* data) { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work));
 }
 
 // Calls body(begin, end) over chunks of [0, rows).

@@ -1,6 +1,9 @@
 """What only the native CPU backend does: threads, instruction sets, its exp, its checks."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,6 +37,28 @@ def test_thread_count_changes_nothing(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+AFTER_A_FORK = """
+import os, torch, ppo_fast
+torch.set_num_threads(2)
+logits, labels = torch.randn(64, 4099), torch.randint(4099, (64,))
+expected = ppo_fast.logprobs_from_logits(logits, labels, impl="cpu")
+child = os.fork()
+if child == 0:
+    same = torch.equal(ppo_fast.logprobs_from_logits(logits, labels, impl="cpu"), expected)
+    os._exit(0 if same else 1)
+print("the child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_child_of_a_fork_has_threads_too() -> None:
+    """It inherits none of those that the parent's calls ran on, and must not wait for them."""
+    run = subprocess.run(
+        [sys.executable, "-c", AFTER_A_FORK], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stdout.strip() == "the child ended with 0"
 
 
 @pytest.mark.parametrize("isa", ISAS)
