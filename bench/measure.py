@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from importlib.metadata import version
 
 import torch
+from pytest_benchmark.stats import Stats
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("PPO_FAST_TEST_DEVICE") != "cpu" else "cpu"
@@ -73,6 +75,10 @@ def copy_(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
+def clone(source: Tensor) -> None:
+    source.clone()
+
+
 @lru_cache
 def copy_bandwidth(device: str = DEVICE) -> float:
     """Gigabytes a second of the best of 20 copies, bytes read and bytes written counted: the roof."""
@@ -84,31 +90,44 @@ def copy_bandwidth(device: str = DEVICE) -> float:
     return three_digits(2 * size / seconds / 1e9)
 
 
-class Copies:
-    """Plain copies of `moved` bytes, half of them read and half written, timed in turn with what they are compared to.
+def copies(moved: int) -> dict[str, Run]:
+    """Plain copies of `moved` bytes, half of them read and half written.
 
     `copy` writes over a buffer that stands; `clone` allocates what it writes, as an op its results.
     """
+    source = torch.ones(moved // 2, dtype=torch.int8, device=DEVICE)
+    target = torch.ones_like(source)
+    return {"copy": lambda: copy_(target, source), "clone": lambda: clone(source)}
 
-    def __init__(self, moved: int) -> None:
-        self.source = torch.ones(moved // 2, dtype=torch.int8, device=DEVICE)
-        self.target = torch.ones_like(self.source)
-        self.copy_seconds = self.clone_seconds = float("inf")
 
-    def copy(self) -> None:
-        self.target.copy_(self.source)
+class Turns:
+    """What a subject is compared to: timed once before each of its rounds, so that it is all under the same load."""
 
-    def clone(self) -> None:
-        self.source.clone()
+    def __init__(self, runs: dict[str, Run]) -> None:
+        self.runs = runs
+        self.seconds: dict[str, list[float]] = {name: [] for name in runs}
 
     def take(self) -> None:
-        self.copy_seconds = min(self.copy_seconds, best_of(self.copy, times=1))
-        self.clone_seconds = min(self.clone_seconds, best_of(self.clone, times=1))
+        for name, run in self.runs.items():
+            self.seconds[name].append(best_of(run, times=1))
 
-    def facts(self, seconds: float) -> dict[str, float]:
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def facts(self, subject: Stats, longer_than: Collection[str] = ()) -> dict[str, object]:
+        """Medians and bests, in seconds, and ratios of medians: how many times faster than each the subject is.
+
+        Of what is in `longer_than` the ratio is turned round: how many times longer than it the subject takes.
+        """
+        of_all = {"ours": [subject.median, subject.min]}
+        of_all |= {name: [statistics.median(all_), min(all_)] for name, all_ in self.seconds.items()}
+        ratios = {name: self.median(name) / subject.median for name in self.runs}
         return {
-            "times_copy": three_digits(seconds / self.copy_seconds),
-            "times_clone": three_digits(seconds / self.clone_seconds),
+            "rounds": subject.rounds,
+            "seconds": {name: [*map(three_digits, pair)] for name, pair in of_all.items()},
+        } | {
+            f"times_{name}": three_digits(1 / ratio if name in longer_than else ratio)
+            for name, ratio in ratios.items()
         }
 
 

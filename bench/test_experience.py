@@ -1,23 +1,26 @@
 """The experience stage: KL-shaped rewards, GAE and whitening in one, and GAE alone; beside a plain copy and peers.
 
-    python -m pytest bench/test_experience.py --benchmark-group-by=param:case,param:op
+    python -m pytest bench/test_experience.py
 
-Least traffic: every input read and every result written once, in bytes a token as BYTES has it. `times_copy` and
-`times_clone` are the time as a multiple of that of a plain copy of so many bytes, taken in turn with it: into a buffer
-that stands, and into a new one, as an op's results are. `source` is the source's eager loop, behind `times_eager`;
-`chunked` is slime's; verl, OpenRLHF and torchrl take part where they are installed (`make peers`).
+One benchmark an op and shape: ours; the source's eager loop (behind `times_eager`), slime's chunks, verl, OpenRLHF and
+torchrl where they are installed (`make peers`), and plain copies are timed in turn with it, as many rounds of each.
+`seconds` in its `extra_info` has the median and the best of each, `times_<name>` the ratio of the medians: how many
+times faster than that ours is, and for copies how many times longer than they it takes.
+
+Least traffic: every input read and every result written once, in bytes a token as BYTES has it. A copy of so many bytes
+goes into a buffer that stands (`copy`), or into a new one, as an op's results do (`clone`).
 
 Responses fill between half and all of the columns and are padded on the right, where all mask rules agree.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import eager
 import pytest
 import torch
 import trainers
 from cases import EXPERIENCE, Case
-from measure import DEVICE, Copies, Run, best_of, extra_bytes, facts, synchronised
+from measure import DEVICE, Run, Turns, copies, extra_bytes, facts, synchronised
 from pytest_benchmark.fixture import BenchmarkFixture
 from suite import FORWARD, IMPL, Function, Subject, assert_parity, runner
 from torch import Tensor
@@ -29,9 +32,7 @@ from ppo_fast import reference
 # mask; advantages, returns.
 BYTES = {"experience": 3 * 4 + 1 + 4 * 4, "gae": 2 * 4 + 1 + 2 * 4}
 OWN = {"experience": ("fused", "source"), "gae": ("fused", "source", "chunked")}
-COMBINATIONS = [(op, name) for op in OWN for name in (*OWN[op], *trainers.installed(op))]
-SLOW = ("source", "verl", "openrlhf", "torchrl")  # seconds a call where responses are long
-ROUNDS, SLOW_ROUNDS = 20, 2
+LONG, ROUNDS, LONG_ROUNDS = 10_000, 11, 3  # a loop over so many columns takes seconds a call
 
 
 def experience_of(module: object, *inputs: Tensor, **options: object) -> tuple[Tensor, ...]:
@@ -92,24 +93,9 @@ def counted(function: Function, mask: Tensor) -> Function:
     return lambda *inputs: tuple(torch.where(mask, x, 0.0) for x in function(*inputs))
 
 
-@lru_cache
-def source_seconds(op: str, case: Case) -> float:
-    return best_of(runner(SOURCE[op], FORWARD, inputs_of(op, case)), times=SLOW_ROUNDS)
-
-
-def record(benchmark: BenchmarkFixture, run: Run, op: str, case: Case, rounds: int) -> None:
-    moved = case.rows * case.columns * BYTES[op]
-    copies = Copies(moved)
-    benchmark.pedantic(synchronised(run), setup=copies.take, rounds=rounds, warmup_rounds=1)
-    seconds = benchmark.stats.stats.min
-    benchmark.extra_info |= facts(seconds, source_seconds(op, case), moved, extra_bytes(run))
-    benchmark.extra_info |= copies.facts(seconds)
-
-
-@pytest.mark.parametrize("case", EXPERIENCE, ids=lambda case: case.name)
-@pytest.mark.parametrize(("op", "name"), COMBINATIONS)
-def test_experience(benchmark: BenchmarkFixture, case: Case, op: str, name: str) -> None:
-    # A reference in float64 is a loop over tokens too, and a response must end within what parity is checked on.
+def checked(op: str, name: str, case: Case) -> Run:
+    """A call of `name`, once its numbers are those of the reference."""
+    # In float64 that is a loop over tokens too, and a response must end within what parity is checked on.
     few = inputs_of(op, Case(min(case.rows, 8), min(case.columns, 512), case.dtype))
     subject = Subject(
         name=op,
@@ -122,13 +108,18 @@ def test_experience(benchmark: BenchmarkFixture, case: Case, op: str, name: str)
     )
     function = implementation(op, name)
     assert_parity(function if name == "fused" else counted(function, few[-1]), subject)
-    rounds = SLOW_ROUNDS if name in SLOW else ROUNDS
-    record(benchmark, runner(function, FORWARD, subject.inputs), op, case, rounds)
+    return runner(function, FORWARD, subject.inputs)
 
 
 @pytest.mark.parametrize("case", EXPERIENCE, ids=lambda case: case.name)
 @pytest.mark.parametrize("op", BYTES)
-@pytest.mark.parametrize("name", ["copy", "clone"])
-def test_copy(benchmark: BenchmarkFixture, case: Case, op: str, name: str) -> None:
-    copies = Copies(case.rows * case.columns * BYTES[op])
-    record(benchmark, copies.copy if name == "copy" else copies.clone, op, case, ROUNDS)
+def test_experience(benchmark: BenchmarkFixture, case: Case, op: str) -> None:
+    runs = {name: checked(op, name, case) for name in (*OWN[op], *trainers.installed(op))}
+    fused = runs.pop("fused")
+    moved = case.rows * case.columns * BYTES[op]
+    turns = Turns(runs | copies(moved))
+    rounds = LONG_ROUNDS if case.columns > LONG else ROUNDS
+    benchmark.pedantic(synchronised(fused), setup=turns.take, rounds=rounds, warmup_rounds=1)
+    stats = benchmark.stats.stats
+    benchmark.extra_info |= facts(stats.median, turns.median("source"), moved, extra_bytes(fused))
+    benchmark.extra_info |= turns.facts(stats, longer_than=("copy", "clone"))
