@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast import build
-from ppo_fast.ops import backends
+from ppo_fast.ops import backends, fused_experience
 from ppo_fast.records import Experience
 
 CPU = [] if torch.cuda.is_available() else ["cpu"]
@@ -298,14 +298,29 @@ def test_whitening_few_tokens(impl: str, unbiased: bool) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_whitening_survives_a_large_offset(impl: str) -> None:
-    """Advantages near 2^12 that differ by 1: sums of squares would leave nothing of the variance."""
-    rewards = torch.tensor([[4096.0, 4097.0, 4098.0, 4099.0]] * 3)
-    zeros, mask = torch.zeros(3, 4), torch.ones(3, 4)
-    out = ppo_fast.shaped_gae(
-        zeros, zeros, zeros[:, 0], zeros, mask, gamma=0.0, token_rewards=rewards, impl=impl
-    )
-    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5]) / 1.25**0.5
-    torch.testing.assert_close(out.advantages, expected.expand(3, 4), rtol=1e-6, atol=1e-6)
+    """Advantages near 2^12 that differ by 1: sums of squares would leave nothing of the variance.
+
+    Nor is the mean, 4098, 4097 1/3 or 4098 2/3 there, a float: what rounding takes from it must not go lost.
+    """
+    for numbers in ([4096.0, 4097.0, 4099.0, 4100.0], [4096.0, 4097.0, 4099.0], [4097.0, 4099.0, 4100.0]):
+        rewards = torch.tensor([numbers] * 3)
+        zeros, mask = torch.zeros_like(rewards), torch.ones_like(rewards)
+        out = ppo_fast.shaped_gae(
+            zeros, zeros, zeros[:, 0], zeros, mask, gamma=0.0, token_rewards=rewards, impl=impl
+        )
+        exact = rewards.double()
+        expected = (exact - exact.mean()) / exact.var(correction=0).sqrt()
+        torch.testing.assert_close(out.advantages.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_merged_parts_keep_what_rounding_takes_from_their_mean() -> None:
+    """Planes of count, mean, rest of the mean, and squares; in Triton, where they are float32."""
+    means = torch.tensor([4096.0, 4097.0, 4099.0])
+    parts = torch.stack([torch.full((3,), 2.0), means, torch.zeros(3), torch.zeros(3)])
+    count, mean, rest, squares = fused_experience.merge_parts(parts, "triton").double().flatten().tolist()
+    assert count == 6
+    assert mean + rest == pytest.approx(4097 + 1 / 3, abs=1e-8)
+    assert squares == pytest.approx(2 * (16 + 1 + 25) / 9, rel=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
