@@ -1,5 +1,6 @@
 """What every suite measures in the same way: time, memory, bandwidth, and how far a result is from float64."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -8,10 +9,13 @@ import time
 from collections.abc import Callable, Collection
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from pytest_benchmark.stats import Stats
 from torch import Tensor
+
+from ppo_fast.ops.backends import LARGE_BYTES, large_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("PPO_FAST_TEST_DEVICE") != "cpu" else "cpu"
 PEERS = {
@@ -60,15 +64,36 @@ def best_of(run: Run, times: int = 3) -> float:
 
 
 def extra_bytes(run: Run) -> int | None:
-    """The most device memory that `run` allocates beyond what stands before; None on a CPU, which keeps no count."""
+    """The most memory that `run` holds beyond what stands before: a GPU's by its allocator, a CPU's resident pages.
+
+    None where the system does not tell: on a CPU only Linux forgets a peak when it is asked to. A first call brings
+    code and tables with it, so call `run` once before.
+    """
     if DEVICE == "cpu":
-        return None
+        return resident_bytes(run) if Path("/proc/self/clear_refs").exists() else None
     synchronise()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
     synchronise()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_bytes(run: Run) -> int:
+    """How far the peak of resident memory rises above what is resident before."""
+    # What was freed and is kept would be taken again without a trace: our block for large results, of which a small one
+    # takes the place, and the pages of the C library.
+    large_empty((LARGE_BYTES,), torch.int8)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    run()
+    return max(0, status_bytes("VmHWM") - before)
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def copy_(target: Tensor, source: Tensor) -> None:
