@@ -23,6 +23,7 @@ from ppo_fast.ops.tokens import gae, kl_estimate, kl_shaped_rewards, shaped_gae
 from ppo_fast.records import Experience, PolicyLoss, Rollout, ValueLoss
 
 if TYPE_CHECKING:
+    from ppo_fast.integrations import patch, unpatch
     from ppo_fast.ppo import PPOConfig, PPOTrainer
 
 __version__ = version("ppo-fast")
@@ -51,10 +52,12 @@ __all__ = [
     "masked_rescale",
     "masked_var",
     "masked_whiten",
+    "patch",
     "policy_loss",
     "policy_loss_from_logits",
     "reference",
     "shaped_gae",
+    "unpatch",
     "value_loss",
 ]
 
@@ -65,4 +68,8 @@ def __getattr__(name: str) -> object:
         from ppo_fast import ppo
 
         return getattr(ppo, name)
+    if name in ("patch", "unpatch"):
+        from ppo_fast import integrations
+
+        return getattr(integrations, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

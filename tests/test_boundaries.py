@@ -25,11 +25,12 @@ MAY_IMPORT = {
     "report": {"records"},
     "ppo": {"ops", "prepare", "records", "reference", "report"},
     "demo": {"prepare", "ppo"},
+    "integrations": {"ops", "records", "reference"},
     "doctor": {"build", "ops", "reference"},
     "cli": {"build", "demo", "doctor", "ppo", "prepare", "report"},
 }
 PUBLIC_NAMES = {"__init__", "ppo_fast"}  # the package itself, which re-exports; any room above ops may use it
-ABOVE_OPS = {"prepare", "ppo", "demo", "cli"}
+ABOVE_OPS = {"prepare", "ppo", "demo", "integrations", "cli"}
 
 
 def sources(*folders: str) -> list[Path]:

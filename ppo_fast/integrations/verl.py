@@ -1,0 +1,5 @@
+"""verl 0.9.1."""
+
+from ppo_fast.integrations.patch import Integration
+
+INTEGRATIONS: tuple[Integration, ...] = ()
