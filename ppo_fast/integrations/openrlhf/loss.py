@@ -1,6 +1,6 @@
 """openrlhf.models.loss: the forward of PolicyLoss and of ValueLoss, on our ops."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ def _normalised(
     if count is None:
         return total / (mask.sum() if token_level_loss else (mask.sum(-1) > 0).float().sum())
     return total / count * dp_size
+
+
+def _dtype(token_level_loss: bool, *tensors: Tensor) -> torch.dtype:
+    """That of the sum; the sequences are counted by a mask of float32."""
+    dtype = contract.promoted(*tensors)
+    return dtype if token_level_loss else torch.promote_types(dtype, torch.float32)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -81,25 +87,28 @@ def policy_loss_forward(
     """
     if self.policy_loss_type not in ("ppo", "gspo"):
         raise ValueError(f"Invalid policy loss type: {self.policy_loss_type}")
+    if self.is_correction_level != "off" and rollout_log_probs is None:
+        raise TypeError("PolicyLoss: `rollout_log_probs` is None, expected a tensor to correct by")
+    rollout = cast(Tensor, rollout_log_probs)
     mask = _as_mask("PolicyLoss", action_mask, log_probs)
     log_ratio = log_probs.detach() - old_log_probs
     if self.policy_loss_type == "gspo":
-        behaviour = old_log_probs if self.is_correction_level == "off" else rollout_log_probs
+        behaviour = old_log_probs if self.is_correction_level == "off" else rollout
         counts = mask.sum(-1, keepdim=True).clamp(min=1)
         mean = ((log_probs - behaviour) * mask).sum(-1, keepdim=True) / counts
         new, old, clamp = mean.expand_as(log_probs), torch.zeros_like(old_log_probs), None
-        leaking = (advantages,)
+        spread = mean.detach().exp().expand_as(log_probs)
     else:
         new, old, clamp = log_probs, old_log_probs, LOG_RATIO_CLAMP
-        leaking = (log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP), advantages)
-    weight, vllm_kl, filtered = None, None, None
+        spread = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    weight, vllm_kl, filtered, weighted = None, None, None, advantages
     if self.is_correction_level != "off" and self.policy_loss_type == "ppo":
-        weight, vllm_kl, filtered = _correction(self, old_log_probs, rollout_log_probs, mask)
-        leaking = (*leaking, weight)
+        weight, vllm_kl, filtered = _correction(self, old_log_probs, rollout, mask)
+        weighted = advantages * weight
     out = ppo_fast.policy_loss(
         new,
         old,
-        advantages if weight is None else advantages * weight,
+        weighted,
         mask,
         clip_low=min(self.clip_eps_low, 1.0),  # the ratio is never below 0
         clip_high=self.clip_eps_high,
@@ -107,7 +116,10 @@ def policy_loss_forward(
         log_ratio_clamp=clamp,
         **_reduction(self.token_level_loss),
     )
-    total = out.loss.to(contract.promoted(log_probs, old_log_probs, advantages, mask)) + _leak(mask, *leaking)
+    total = out.loss + _leak(mask, spread, weighted)
+    if weight is not None:  # a weight of 0 does not hide a NaN either
+        total = total + _leak(torch.zeros_like(mask), spread)
+    total = total.to(_dtype(self.token_level_loss, log_probs, old_log_probs, weighted, mask))
     loss = _normalised(total, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     if weight is None:
         count = mask.sum()
@@ -174,5 +186,5 @@ def value_loss_forward(
         values, old_values, returns, mask, clip=self.clip_eps, **_reduction(self.token_level_loss)
     )
     read = (values, returns) if self.clip_eps is None else (values, old_values, returns)
-    total = out.loss.to(contract.promoted(*read, mask)) + _leak(mask, *read)
+    total = (out.loss + _leak(mask, *read)).to(_dtype(self.token_level_loss, *read, mask))
     return _normalised(total, mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 import ppo_fast
@@ -69,5 +68,6 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
     )
-    reduced = {"sum": torch.sum, "mean": torch.mean}.get(reduction.lower(), torch.Tensor.float)(logprobs)
-    return reduced.float(), entropy.float()
+    if reduction.lower() != "none":
+        logprobs = logprobs.sum() if reduction.lower() == "sum" else logprobs.mean()
+    return logprobs.float(), entropy.float()

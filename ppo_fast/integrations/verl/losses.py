@@ -97,6 +97,12 @@ def _leak(mode: str, mask: Tensor, *tensors: Tensor) -> Tensor | float:
     return contract.poison(~counted & counted.any(-1, keepdim=True), *tensors)
 
 
+def _dtype(mode: str, *tensors: Tensor) -> torch.dtype:
+    """That of the sum of `mode`; the sequences are counted by a mask of float32."""
+    dtype = contract.promoted(*tensors)
+    return torch.promote_types(dtype, torch.float32) if mode.startswith("seq-mean") else dtype
+
+
 def _clip_range(config: Any) -> tuple[float, float]:
     """How far the ratio may fall below 1 and rise above; below 0 it never is."""
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
@@ -163,8 +169,10 @@ def compute_policy_loss_vanilla(
                 (falls & (ratio > dual_clip)).float(), response_mask
             ).item(),
         }
-    total = out.loss.to(contract.promoted(log_prob, old_log_prob, weighted, response_mask))
-    total = total + _leak(loss_agg_mode, response_mask, log_ratio, weighted)
+    total = out.loss + _leak(loss_agg_mode, response_mask, log_ratio, weighted)
+    if rollout_is_weights is not None and contract.strict():  # a weight of 0 does not hide a NaN
+        total = total + contract.poison(response_mask != 0, log_ratio)
+    total = total.to(_dtype(loss_agg_mode, log_prob, old_log_prob, weighted, response_mask))
     return _normalised(total, response_mask, loss_agg_mode, **config.global_batch_info), metrics
 
 
@@ -195,8 +203,8 @@ def compute_policy_loss_gspo(
         lengths = response_mask.sum(-1).clamp(min=1)
         of_sequence = ((log_ratio * response_mask).sum(-1) / lengths).unsqueeze(-1).expand_as(log_ratio)
         weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
-    # 0 in value; a ratio above the clamp has no gradient.
-    moving = torch.where(of_sequence > SEQUENCE_LOG_RATIO_CLAMP, 0.0, log_prob - log_prob.detach())
+    moving = log_prob - log_prob.detach()  # 0 in value
+    moving = torch.where(of_sequence > SEQUENCE_LOG_RATIO_CLAMP, moving.detach(), moving)
     out = ppo_fast.policy_loss(
         moving,
         -of_sequence.clamp(max=SEQUENCE_LOG_RATIO_CLAMP),
@@ -207,14 +215,16 @@ def compute_policy_loss_gspo(
         **_reduction(loss_agg_mode),
     )
     with torch.no_grad():
-        ratio = of_sequence.clamp(max=SEQUENCE_LOG_RATIO_CLAMP).exp()
+        ratio = (moving + of_sequence).clamp(max=SEQUENCE_LOG_RATIO_CLAMP).exp()
         metrics = {
             "actor/pg_clipfrac": masked_mean(_clipped(ratio, advantages, low, high), response_mask).item(),
             "actor/ppo_kl": masked_mean(-log_ratio, response_mask).item(),
             "actor/pg_clipfrac_lower": 0.0,
         }
-    total = out.loss.to(contract.promoted(log_prob, old_log_prob, weighted, response_mask))
-    total = total + _leak(loss_agg_mode, response_mask, log_prob - log_prob.detach(), weighted)
+    total = out.loss + _leak(loss_agg_mode, response_mask, ratio, weighted)
+    if rollout_is_weights is not None and contract.strict():
+        total = total + contract.poison(response_mask != 0, ratio)
+    total = total.to(_dtype(loss_agg_mode, log_prob, old_log_prob, weighted, response_mask))
     return _normalised(total, response_mask, loss_agg_mode, **config.global_batch_info), metrics
 
 
@@ -248,8 +258,8 @@ def compute_value_loss(
         clip=cliprange_value,
         **_reduction(loss_agg_mode),
     )
-    total = out.loss.to(contract.promoted(vpreds, returns, values, response_mask))
-    total = total + _leak(loss_agg_mode, response_mask, vpreds, returns, values)
+    total = out.loss + _leak(loss_agg_mode, response_mask, vpreds, returns, values)
+    total = total.to(_dtype(loss_agg_mode, vpreds, returns, values, response_mask))
     loss = _normalised(
         total, response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
