@@ -2,12 +2,8 @@
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest.mock import MagicMock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,25 +11,7 @@ from torch import Tensor
 
 import ppo_fast
 
-
-@contextmanager
-def stand_ins(*absent: str, hollow: tuple[str, ...] = ()) -> Iterator[None]:
-    """While it lasts, packages that are not installed are mocks, and `hollow` ones have no `__init__`."""
-    stubs: dict[str, ModuleType] = {}
-    for name in absent:
-        if name not in sys.modules and (name.count(".") or importlib.util.find_spec(name) is None):
-            stubs[name] = MagicMock(name=name)
-    for name in hollow:
-        if name not in sys.modules:
-            root, *parts = name.split(".")
-            stubs[name] = ModuleType(name)
-            stubs[name].__path__ = [str(Path(importlib.util.find_spec(root).origin).parent.joinpath(*parts))]
-    sys.modules.update(stubs)
-    try:
-        yield
-    finally:
-        for name in stubs:
-            del sys.modules[name]
+from .stand_ins import OPENRLHF, VERL, stand_ins
 
 
 def required(name: str) -> None:
@@ -45,7 +23,7 @@ def required(name: str) -> None:
 def verl() -> SimpleNamespace:
     """verl's modules."""
     required("verl")
-    with stand_ins("ray"):
+    with stand_ins(**VERL):
         return SimpleNamespace(
             functional=importlib.import_module("verl.utils.torch_functional"),
             algos=importlib.import_module("verl.trainer.ppo.core_algos"),
@@ -59,8 +37,7 @@ def verl() -> SimpleNamespace:
 def openrlhf() -> SimpleNamespace:
     """OpenRLHF's modules."""
     required("openrlhf")
-    hollow = ("openrlhf.models", "openrlhf.utils")
-    with stand_ins("ray", "deepspeed", "openrlhf.trainer.ray.launcher", hollow=hollow):
+    with stand_ins(**OPENRLHF):
         return SimpleNamespace(
             utils=importlib.import_module("openrlhf.models.utils"),
             loss=importlib.import_module("openrlhf.models.loss"),
