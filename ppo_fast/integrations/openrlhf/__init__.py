@@ -3,6 +3,7 @@
 from ppo_fast.integrations.openrlhf.experience import get_advantages_and_returns, get_cumulative_returns
 from ppo_fast.integrations.openrlhf.loss import policy_loss_forward, value_loss_forward
 from ppo_fast.integrations.openrlhf.utils import compute_approx_kl, compute_entropy, log_probs_from_logits
+from ppo_fast.integrations.openrlhf.worker import patch_worker
 from ppo_fast.integrations.patch import Integration, Replacement
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "get_advantages_and_returns",
     "get_cumulative_returns",
     "log_probs_from_logits",
+    "patch_worker",
     "policy_loss_forward",
     "value_loss_forward",
 ]
