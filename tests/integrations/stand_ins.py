@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
-VERL = {"absent": ("ray",)}
+VERL = {"absent": ("ray", "datasets")}
 OPENRLHF = {
     "absent": ("ray", "deepspeed", "openrlhf.trainer.ray.launcher"),
     "hollow": ("openrlhf.models", "openrlhf.utils"),
