@@ -14,7 +14,7 @@ WIDE = (torch.float32, torch.float64)  # what the ops return; with them nothing 
 
 
 def takes_labels(logits: Tensor, labels: Tensor) -> bool:
-    """Whether the fused op can do this call: int64 labels [...] or [..., K], all of them in the vocabulary.
+    """Whether the fused op can do this call: labels [...] or [..., K], all of them in the vocabulary.
 
     What it cannot take goes through the original's own formula, and so ends as there, in torch's error too. Labels on
     a GPU are not read, as that would wait for it: an index outside the vocabulary gives NaN there.
@@ -24,7 +24,7 @@ def takes_labels(logits: Tensor, labels: Tensor) -> bool:
         and min(logits.numel(), labels.numel()) > 0
         and logits.is_floating_point()
         and logits.shape[:-1] == (labels.shape if labels.dim() < logits.dim() else labels.shape[:-1])
-        and labels.dtype == torch.int64
+        and labels.dtype in (torch.int32, torch.int64)  # torch.gather takes both
         and labels.device == logits.device
     )
     if not fits or labels.device.type != "cpu" or torch.compiler.is_compiling():
@@ -43,7 +43,7 @@ def log_softmax_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """log_softmax(logits, -1) at `labels`, in log_softmax's dtype, without the [..., V] in between."""
     if labels.dim() == logits.dim() or not takes_labels(logits, labels):
         return F.log_softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return ppo_fast.logprobs_from_logits(logits, labels).to(log_softmax_dtype(logits))
+    return ppo_fast.logprobs_from_logits(logits, labels.long()).to(log_softmax_dtype(logits))
 
 
 class _ValueOf(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _ValueOf(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
 

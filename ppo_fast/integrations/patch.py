@@ -20,7 +20,7 @@ import torch
 from ppo_fast.integrations.contract import set_strict
 from ppo_fast.ops.dispatch import available_impls
 
-TRAINERS = ("openrlhf", "verl")
+TRAINERS = ("deepspeed_chat", "openrlhf", "trl", "trlx", "verl")
 
 
 class PatchError(RuntimeError):
@@ -137,7 +137,7 @@ def patch(*trainers: str, strict: bool = True) -> Patch:
     nothing and returns the same counters.
 
     Args:
-        trainers: one or more of openrlhf, verl.
+        trainers: one or more of deepspeed_chat, openrlhf, trl, trlx, verl.
         strict: give NaN wherever the original does; False gives the better answer of our ops in the cases that
             README.md of this folder lists, of every trainer that is patched, and saves looking for them.
 

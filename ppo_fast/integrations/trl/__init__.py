@@ -14,9 +14,12 @@ from ppo_fast.integrations.trl.kernels import (
 )
 from ppo_fast.integrations.trl.lm_head import ChunkedLogProbFunction, chunked_logprobs
 from ppo_fast.integrations.trl.ppo import masked_var, masked_whiten
+from ppo_fast.integrations.trl.seams import KERNELS, PPO
 
 if TYPE_CHECKING:
     from ppo_fast.integrations.trl.fused_ppo_trainer import FusedPPOTrainer
+
+INTEGRATIONS = (PPO, KERNELS)
 
 __all__ = [
     "ChunkedLogProbFunction",

@@ -126,7 +126,9 @@ def selective_log_softmax_and_entropy(
     if _kernel_takes(logits, index, row_mask):
         logprobs, entropy = fused_logprob_entropy(logits, index, temperature, row_mask)
     elif logits.dtype in WIDE and index.dim() < logits.dim() and takes_labels(logits, index):
-        logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, index, temperature=temperature)
+        logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(
+            logits, index.long(), temperature=temperature
+        )
         logprobs, entropy = _blank(logprobs, row_mask), _blank(without_impossible(logits, entropy), row_mask)
     else:
         logprobs = _blank(selected(logits, index, temperature), row_mask)

@@ -60,7 +60,9 @@ def chunked_logprobs(
         head = _Head(weight, None if bias is None else bias.to(dtype), logit_scale, final_logit_softcapping)
         labels = targets.long()
         logprobs, entropy = head.logprobs(hidden, labels, temperature, "entropy" in outputs)
-        rest = _statistics(head, hidden.detach(), labels, temperature, min(chunk_size, _TILE_COLUMNS), outputs)
+        rest = _statistics(
+            head, hidden.detach(), labels, temperature, min(chunk_size, _TILE_COLUMNS), outputs
+        )
     return LMHeadOutputs(logprobs, entropy, *rest)
 
 
@@ -137,21 +139,22 @@ def _statistics(
 def _row_statistics(
     head: _Head, hidden: Tensor, labels: Tensor, temperature: float, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum p^2 = lse(2 z) - 2 lse(z), the mean of z, and whether no earlier column reaches the target's z."""
+    """log sum p^2 = log sum exp(2 d) - 2 log sum exp(d), d = z - max z; the mean of z; is the target on top."""
     rows = torch.arange(len(hidden), device=hidden.device)
     lowest = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    once, twice, top, top_before, target = lowest, lowest, lowest, lowest, torch.zeros_like(lowest)
-    total = torch.zeros_like(lowest)
+    zeros = torch.zeros_like(lowest)
+    top, top_before, once, twice, total, target = lowest, lowest, zeros, zeros, zeros, zeros
     for start, z in head.tiles(hidden, temperature, columns):
         width = z.shape[1]
+        new_top = torch.maximum(top, z.amax(-1))
+        shrink, terms = (top - new_top).exp(), (z - new_top.unsqueeze(-1)).exp()
+        once = once * shrink + terms.sum(-1)
+        twice = twice * shrink**2 + terms.square().sum(-1)
+        total, top = total + z.sum(-1), new_top
         local = labels - start
-        once = torch.logaddexp(once, z.logsumexp(-1))
-        twice = torch.logaddexp(twice, (2 * z).logsumexp(-1))
-        total = total + z.sum(-1)
-        top = torch.maximum(top, z.amax(-1))
         inside = (local >= 0) & (local < width)
         target = torch.where(inside, z[rows, local.clamp(0, width - 1)], target)
         before = torch.arange(width, device=z.device) < local.unsqueeze(-1)
         top_before = torch.maximum(top_before, z.masked_fill(~before, -torch.inf).amax(-1))
     is_top1 = (target >= top) & (target > top_before)
-    return twice - 2 * once, total / len(head.weight), is_top1
+    return twice.log() - 2 * once.log(), total / len(head.weight), is_top1

@@ -201,9 +201,7 @@ def _scored(trainer: Any, query: Tensor, query_response: Tensor) -> dict[str, Te
     }
 
 
-def _reference_logprobs(
-    trainer: Any, query_response: Tensor, response: Tensor, prompt_length: int
-) -> Tensor:
+def _reference_logprobs(trainer: Any, query_response: Tensor, response: Tensor, prompt_length: int) -> Tensor:
     theirs, pad = _theirs(), trainer.processing_class.pad_token_id
     if trainer.ref_model is None:
         with trainer.null_ref_context():

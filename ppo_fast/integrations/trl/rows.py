@@ -29,7 +29,7 @@ def _learns(logits: Tensor) -> bool:
 
 def _fused(logits: Tensor, index: Tensor, temperature: float) -> Tensor:
     if index.dim() < logits.dim():
-        return ppo_fast.logprobs_from_logits(logits, index, temperature=temperature)
+        return ppo_fast.logprobs_from_logits(logits, index.long(), temperature=temperature)
     # The normaliser comes out of one label's log-probability; that of the largest logit is finite in any row.
     top = logits.detach().argmax(-1)
     logprob = ppo_fast.logprobs_from_logits(logits, top, temperature=temperature)

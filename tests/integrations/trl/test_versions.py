@@ -1,0 +1,52 @@
+"""TRL 1.12 and 1.16, which cannot share an environment: each is tested in a child process, from its own folder.
+
+`make test` puts the two folders beside the environment's packages, without what TRL depends on. GRPO needs `datasets`
+too, which is large: `make integration` brings it and runs that part.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PACKAGES = Path(sys.prefix)
+
+
+def run_inside(version: str, file: str, *extra: str) -> None:
+    """Run one file of inside/ with this version of TRL; its failures are shown, and a skip is one."""
+    folder = PACKAGES / f"trl-{version}"
+    if not folder.exists():
+        pytest.skip(f"{folder} is missing: `make test` and `make integration` make it")
+    path = [str(folder), str(PACKAGES / "datasets"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "inside" / file), *extra],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PPO_FAST_TRL": version},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "passed" in summary, done.stdout[-2000:]
+    assert "skipped" not in summary, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("file", ["rows_1_12.py", "ppo_1_12.py", "run_1_12.py"])
+def test_1_12(file: str) -> None:
+    run_inside("1.12.0", file)
+
+
+@pytest.mark.parametrize("file", ["rows_1_16.py", "lm_head_1_16.py"])
+def test_1_16(file: str) -> None:
+    run_inside("1.16.0", file)
+
+
+def test_grpo_of_1_16() -> None:
+    if not (PACKAGES / "datasets").exists():
+        pytest.skip(
+            "GRPO takes its prompts from the package `datasets` (180 MB with pyarrow): `make integration` runs it"
+        )
+    run_inside("1.16.0", "run_1_16.py")
