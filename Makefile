@@ -5,6 +5,7 @@ RUNS ?= runs
 RESULTS ?= bench/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+TRL := $(VENV)/trl-1.12.0/.done $(VENV)/trl-1.16.0/.done
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 # The folder kernels/ must not shadow the package of that name; models are read from folders, never from a hub.
@@ -29,7 +30,7 @@ quickstart: $(RUNS)/quickstart/lm/config.json ## the whole loop on a tiny langua
 	  output_dir=$(RUNS)/quickstart/ppo models.actor=$(RUNS)/quickstart/lm \
 	  data.prompts=$(RUNS)/quickstart/prompts.jsonl data.eval_prompts=$(RUNS)/quickstart/heldout.jsonl
 
-test: $(VENV)/.test ## the whole suite
+test: $(VENV)/.test $(TRL) ## the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Each in a folder of its own, first on the path: what OpenRLHF and verl ask for would change the main environment.
@@ -112,4 +113,15 @@ $(VENV)/.peers: $(VENV)/.test
 # pylatexenc, DeepSpeed and Hydra's parser come as sources; setuptools is here.
 $(VENV)/openrlhf/.done $(VENV)/verl/.done: $(VENV)/%/.done: tests/integrations/%-suite.txt | $(VENV)/.test
 	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target $(@D) --requirement $<
+	touch $@
+
+# Two versions of one package, each in a folder of its own that the tests put on the path of a child process. Alone:
+# accelerate and transformers are there, and what TRL takes from `datasets` in them has a stand-in.
+$(VENV)/trl-%/.done: | $(VENV)/.test
+	$(PIP) --no-deps --upgrade --target $(@D) trl==$*
+	touch $@
+
+# For TRL's GRPO and RLOO, which take their prompts from it; below VENV, since dill pickles by reference only from there.
+$(VENV)/datasets/.done: | $(VENV)/.test
+	$(PIP) --no-deps --upgrade --target $(@D) datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1
 	touch $@

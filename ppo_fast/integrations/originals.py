@@ -1,14 +1,11 @@
-"""What the functions here share to keep an original's results: its dtype, its NaN, its errors.
-
-The ops of ppo_fast would do better in places (float32 where an original rounds to bfloat16, 0 where it divides by 0);
-README.md in this folder lists them.
-"""
+"""Formulas that trainers write alike, on our ops, with the results of the originals: dtype, NaN, errors."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import strict
 
 WIDE = (torch.float32, torch.float64)  # what the ops return; with them nothing is rounded on the way
 
@@ -64,17 +61,16 @@ def with_value(carrier: Tensor, value: Tensor) -> Tensor:
 
 
 def undefined_unless(defined: Tensor, result: Tensor) -> Tensor:
-    """`result`, or NaN with a gradient of NaN where `defined` is False."""
-    return result * torch.where(defined, 1.0, torch.nan).to(result.dtype)
+    """`result`, or NaN with a gradient of NaN where `defined` is False; not strict, `result`."""
+    return result * torch.where(defined, 1.0, torch.nan).to(result.dtype) if strict() else result
 
 
-def masked_values_are_finite(mask: Tensor, *tensors: Tensor) -> Tensor:
-    """0-d bool: nothing but finite numbers under a false mask.
+def _finite_where_masked(counted: Tensor, *tensors: Tensor) -> Tensor:
+    """0-d bool: nothing but finite numbers where nothing counts.
 
     The originals multiply by the mask, and NaN * 0 is NaN, so that there a NaN anywhere is NaN everywhere. Our ops
     never read what the mask leaves out.
     """
-    counted = mask != 0
     return torch.stack([(counted | x.detach().isfinite()).all() for x in tensors]).all()
 
 
@@ -87,10 +83,6 @@ def clipped_policy_loss(
     advantage of 0. Unlike there, a ratio that overflows in a term that the clip bounds has the gradient 0, not NaN.
     The mask holds 0 and 1.
     """
-    with torch.no_grad():
-        counted = mask != 0
-        gain = advantages * torch.exp((logprobs - old_logprobs) * mask)
-        defined = torch.where(counted, ~gain.isnan(), gain.isfinite()).all()
     policy = ppo_fast.policy_loss(
         logprobs,
         old_logprobs,
@@ -98,8 +90,13 @@ def clipped_policy_loss(
         mask,
         clip_low=min(clip, 1.0),  # a ratio is never below 0
         clip_high=clip,
-        normalizer=mask.sum(),
+        normalizer=mask.sum() if strict() else None,
     )
+    if not strict():
+        return policy
+    with torch.no_grad():
+        gain = advantages * torch.exp((logprobs - old_logprobs) * mask)
+        defined = torch.where(mask != 0, ~gain.isnan(), gain.isfinite()).all()
     return policy._replace(loss=undefined_unless(defined, policy.loss))
 
 
@@ -110,10 +107,12 @@ def clipped_value_loss(
 
     NaN, as there, for an empty mask and for NaN or infinity under a false mask. The mask holds 0 and 1.
     """
-    defined = masked_values_are_finite(mask, values, old_values, returns)
     # A range of 0 leaves the old value, which the op does not take for a range.
     op = ppo_fast.value_loss if clip > 0 else ppo_fast.reference.value_loss
-    value = op(values, old_values, returns, mask, clip=clip, normalizer=mask.sum())
+    value = op(values, old_values, returns, mask, clip=clip, normalizer=mask.sum() if strict() else None)
+    if not strict():
+        return value
+    defined = _finite_where_masked(mask != 0, values, old_values, returns)
     return value._replace(loss=undefined_unless(defined, value.loss))
 
 

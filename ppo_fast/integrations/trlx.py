@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import strict
 from ppo_fast.integrations.originals import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -47,7 +48,7 @@ def whiten(
     if distributed and dist.is_initialized():
         return _whiten_over(xs, shift_mean, group)
     if xs.numel() < 2 or xs.dim() == 0:
-        return xs * torch.nan
+        return xs * (torch.nan if strict() else 0.0)
     everything = torch.ones_like(xs, dtype=torch.bool)
     op = ppo_fast.masked_whiten if shift_mean else ppo_fast.masked_rescale
     return op(xs, everything, unbiased=True).to(xs.dtype)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import nan_where_impossible
 from ppo_fast.integrations.originals import WIDE, takes_labels
-from ppo_fast.integrations.trl.rows import entropies, selected, without_impossible
+from ppo_fast.integrations.trl.rows import entropies, selected
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,11 +29,13 @@ def fused_logprob_entropy(
     labels = index.long()
     if row_mask is None:
         logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
-        return logprobs, without_impossible(logits, entropy)
+        return logprobs, nan_where_impossible(entropy, logits)
     counted = row_mask != 0
     labels = torch.where(counted, labels, 0)
     logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
-    return torch.where(counted, logprobs, 0.0), torch.where(counted, without_impossible(logits, entropy), 0.0)
+    return torch.where(counted, logprobs, 0.0), torch.where(
+        counted, nan_where_impossible(entropy, logits), 0.0
+    )
 
 
 def _kernel_takes(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
@@ -99,7 +102,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         a logit of -inf.
     """
     if _kernel_takes(logits):
-        return without_impossible(logits, ppo_fast.entropy_from_logits(logits))
+        return nan_where_impossible(ppo_fast.entropy_from_logits(logits), logits)
     return entropies(logits, chunk_size)
 
 
@@ -129,7 +132,10 @@ def selective_log_softmax_and_entropy(
         logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(
             logits, index.long(), temperature=temperature
         )
-        logprobs, entropy = _blank(logprobs, row_mask), _blank(without_impossible(logits, entropy), row_mask)
+        logprobs, entropy = (
+            _blank(logprobs, row_mask),
+            _blank(nan_where_impossible(entropy, logits), row_mask),
+        )
     else:
         logprobs = _blank(selected(logits, index, temperature), row_mask)
         entropy = _blank(entropies(logits, 128, temperature), row_mask)

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import strict
+from ppo_fast.integrations.originals import WIDE
+from ppo_fast.integrations.trl.row_chunks import Head, is_sharded, row_chunks
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TILE_ROWS = 1024
@@ -39,7 +42,8 @@ def chunked_logprobs(
     z = (hidden @ weight.T + bias) logit_scale; with a softcap s, z = s tanh(z / s); then z / temperature.
 
     Args:
-        hidden: [N, D]; its dtype, or that of autocast, is the one the product is taken in.
+        hidden: [N, D]; its dtype, or that of autocast, is the one the product is taken in. In half precision the
+            logits are rounded to it, as TRL's are; `patch(..., strict=False)` leaves them as they are.
         weight: [V, D].
         bias: [V], or None.
         targets: [N], int.
@@ -55,14 +59,17 @@ def chunked_logprobs(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    head = Head(logit_scale, final_logit_softcapping, temperature, "entropy" in outputs)
+    labels = targets.long()
     with torch.autocast(device, enabled=False):
-        hidden, weight = hidden.to(dtype), _in_dtype(weight, dtype)
-        head = _Head(weight, None if bias is None else bias.to(dtype), logit_scale, final_logit_softcapping)
-        labels = targets.long()
-        logprobs, entropy = head.logprobs(hidden, labels, temperature, "entropy" in outputs)
-        rest = _statistics(
-            head, hidden.detach(), labels, temperature, min(chunk_size, _TILE_COLUMNS), outputs
-        )
+        rounds = strict() and dtype not in WIDE
+        function = row_chunks if rounds or is_sharded(weight) else _whole
+        logprobs, entropy = function(head, hidden, weight, bias, labels, dtype)
+        if strict() and entropy is not None and bias is not None and final_logit_softcapping is None:
+            # TRL has 0 * inf in the entropy where the bias forbids a token.
+            entropy = entropy * torch.where((bias.detach() == -torch.inf).any(), torch.nan, 1.0)
+        detached = [None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias)]
+        rest = _statistics(head, *detached, labels, min(chunk_size, _TILE_COLUMNS), outputs)
     return LMHeadOutputs(logprobs, entropy, *rest)
 
 
@@ -72,79 +79,77 @@ class ChunkedLogProbFunction:
     apply = staticmethod(chunked_logprobs)
 
 
-def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else weight.to(dtype)
+def _whole(
+    head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """By the fused op, which takes the product without rounding the logits to `dtype`.
+
+    It has no factor: s tanh(k x / s) / T is (s / k) tanh(x / (s / k)) / (T / k) for k above 0. The sign of k, or its
+    zero, goes into the logits.
+    """
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    scale = head.scale
+    if scale <= 0:
+        factor = -1.0 if scale < 0 else 0.0
+        hidden, bias = hidden * factor, None if bias is None else bias * factor
+        scale = -scale if scale < 0 else 1.0
+    results = ppo_fast.linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=head.temperature / scale,
+        softcap=None if head.softcap is None else head.softcap / scale,
+        return_entropy=head.with_entropy,
+    )
+    logprobs, entropy = results if isinstance(results, tuple) else (results, None)
+    return logprobs.float(), None if entropy is None else entropy.float()
 
 
-class _Head:
-    """A language model's head: weight [V, D], bias [V] or None, a factor, a cap."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
-        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
-
-    def logprobs(
-        self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The op has no factor: s tanh(k x / s) / T is (s / k) tanh(x / (s / k)) / (T / k) for k above 0."""
-        bias, scale = self.bias, self.scale
-        if scale <= 0:  # its sign, or its zero, goes into the logits
-            factor = -1.0 if scale < 0 else 0.0
-            hidden, bias = hidden * factor, None if bias is None else bias * factor
-            scale = -scale if scale < 0 else 1.0
-        results = ppo_fast.linear_logprobs(
-            hidden,
-            self.weight,
-            labels,
-            bias=bias,
-            temperature=temperature / scale,
-            softcap=None if self.softcap is None else self.softcap / scale,
-            return_entropy=with_entropy,
-        )
-        logprobs, entropy = results if isinstance(results, tuple) else (results, None)
-        if entropy is not None and bias is not None and self.softcap is None:
-            # TRL has 0 * inf in the entropy where the bias forbids a token.
-            entropy = entropy * torch.where((bias.detach() == -torch.inf).any(), torch.nan, 1.0)
-        return logprobs.float(), None if entropy is None else entropy.float()
-
-    def tiles(self, hidden: Tensor, temperature: float, columns: int) -> Iterator[tuple[int, Tensor]]:
-        """(first column, z [n, columns] float32) over the vocabulary, the product rounded to its own dtype."""
-        for start in range(0, len(self.weight), columns):
-            logits = hidden @ self.weight.detach()[start : start + columns].T
-            if self.bias is not None:
-                logits = logits + self.bias.detach()[start : start + columns]
-            z = logits.float() * self.scale
-            if self.softcap is not None:
-                z = self.softcap * torch.tanh(z / self.softcap)
-            yield start, z / temperature
+def _tiles(
+    head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(first column, z / temperature [n, columns] float32) over the vocabulary."""
+    for start in range(0, len(weight), columns):
+        part = slice(start, start + columns)
+        logits = head.project(hidden, weight[part], None if bias is None else bias[part])
+        yield start, (head.transform(logits) / head.temperature).float()
 
 
 @torch.no_grad()
 def _statistics(
-    head: _Head, hidden: Tensor, labels: Tensor, temperature: float, columns: int, outputs: tuple[str, ...]
+    head: Head,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    columns: int,
+    outputs: tuple[str, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What TRL logs beside the log-probabilities, in one more pass over the head if it asks for any of it."""
-    wanted = [name for name in OPTIONAL_OUTPUTS[1:] if name in outputs]
-    if not wanted:
+    names = OPTIONAL_OUTPUTS[1:]
+    if not any(name in outputs for name in names):
         return None, None, None
     chunks = zip(hidden.split(_TILE_ROWS), labels.split(_TILE_ROWS), strict=True)
-    parts = [_row_statistics(head, rows, picks, temperature, columns) for rows, picks in chunks]
-    joined = dict(zip(OPTIONAL_OUTPUTS[1:], map(torch.cat, zip(*parts, strict=True)), strict=True))
-    return (
-        joined["log_sum_sq_probs"] if "log_sum_sq_probs" in wanted else None,
-        joined["mean_logits"] if "mean_logits" in wanted else None,
-        joined["is_top1"] if "is_top1" in wanted else None,
-    )
+    parts = [
+        _row_statistics(_tiles(head, rows, weight, bias, columns), picks, len(weight))
+        for rows, picks in chunks
+    ]
+    joined = map(torch.cat, zip(*parts, strict=True))
+    sums, means, tops = (x if name in outputs else None for name, x in zip(names, joined, strict=True))
+    return sums, means, tops
 
 
 def _row_statistics(
-    head: _Head, hidden: Tensor, labels: Tensor, temperature: float, columns: int
+    tiles: Iterator[tuple[int, Tensor]], labels: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log sum p^2 = log sum exp(2 d) - 2 log sum exp(d), d = z - max z; the mean of z; is the target on top."""
-    rows = torch.arange(len(hidden), device=hidden.device)
-    lowest = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+    rows = torch.arange(len(labels), device=labels.device)
+    lowest = torch.full(labels.shape, -torch.inf, device=labels.device)
     zeros = torch.zeros_like(lowest)
     top, top_before, once, twice, total, target = lowest, lowest, zeros, zeros, zeros, zeros
-    for start, z in head.tiles(hidden, temperature, columns):
+    for start, z in tiles:
         width = z.shape[1]
         new_top = torch.maximum(top, z.amax(-1))
         shrink, terms = (top - new_top).exp(), (z - new_top.unsqueeze(-1)).exp()
@@ -157,4 +162,4 @@ def _row_statistics(
         before = torch.arange(width, device=z.device) < local.unsqueeze(-1)
         top_before = torch.maximum(top_before, z.masked_fill(~before, -torch.inf).amax(-1))
     is_top1 = (target >= top) & (target > top_before)
-    return twice.log() - 2 * once.log(), total / len(head.weight), is_top1
+    return twice.log() - 2 * once.log(), total / vocab, is_top1

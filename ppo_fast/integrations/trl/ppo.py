@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import nan_where_impossible
 from ppo_fast.integrations.originals import (
     WIDE,
     clipped_policy_loss,
@@ -14,8 +15,7 @@ from ppo_fast.integrations.originals import (
     undefined_unless,
     unmasked_gae,
 )
-from ppo_fast.integrations.trl import rows
-from ppo_fast.integrations.trl.rows import entropies, selected, without_impossible
+from ppo_fast.integrations.trl.rows import entropies, selected
 
 INVALID_LOGPROB = 1.0  # what TRL writes at padding, so that a ratio there is 1
 
@@ -209,12 +209,12 @@ def _logprobs_and_entropy(logits: Tensor, labels: Tensor, temperature: float) ->
     """One pass over the logits; the entropy is only logged."""
     if logits.dtype in WIDE:
         logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
-        return logprobs, without_impossible(logits, entropy.detach())
+        return logprobs, nan_where_impossible(entropy.detach(), logits)
     with torch.no_grad():
         scaled = logits / temperature
         probabilities = scaled.softmax(-1)
         entropy = scaled.logsumexp(-1) - (probabilities * scaled).sum(-1)
-    return rows.selected(logits, labels, temperature), entropy
+    return selected(logits, labels, temperature), entropy
 
 
 def rows_of(record: Record, chosen: object) -> Record:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations.originals import WIDE, takes_labels, undefined_unless, with_value
+from ppo_fast.integrations.contract import nan_where_impossible
+from ppo_fast.integrations.originals import WIDE, takes_labels, with_value
 
 
 def selected(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
@@ -62,12 +63,7 @@ def entropies(logits: Tensor, chunk_size: int, temperature: float = 1.0) -> Tens
         if not _learns(logits):
             return value
         return with_value(ppo_fast.entropy_from_logits(logits, temperature=temperature), value)
-    return without_impossible(logits, ppo_fast.entropy_from_logits(logits, temperature=temperature))
-
-
-def without_impossible(logits: Tensor, entropy: Tensor) -> Tensor:
-    """`entropy`, or NaN in the rows that hold a logit of -inf."""
-    return undefined_unless(logits.detach().amin(-1) != -torch.inf, entropy)
+    return nan_where_impossible(ppo_fast.entropy_from_logits(logits, temperature=temperature), logits)
 
 
 def _stepwise_entropies(logits: Tensor, chunk_size: int, temperature: float) -> Tensor:

@@ -1,7 +1,9 @@
 """`ChunkedLogProbFunction.apply` against that of TRL 1.16, and the patched `add_fused_lm_head` on a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 import ppo_fast
 import ppo_fast.integrations.trl as ours
-from ppo_fast.integrations.trl import lm_head
+from ppo_fast.integrations import contract
+from ppo_fast.integrations.trl import lm_head, row_chunks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 N, D, V, CHUNK = 13, 16, 101, 32
@@ -99,6 +102,54 @@ def test_first_of_equal_logits(dtype: torch.dtype) -> None:
     mine, original = both(targets, 1.0, CHUNK)
     assert torch.equal(mine(hidden, weight)[4], original(hidden, weight)[4])
     assert 0 < mine(hidden, weight)[4].sum() < N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_in_several_chunks(
+    no_worse_than_theirs: Check, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(row_chunks, "_TILE_BYTES", 3 * V * dtype.itemsize)
+    monkeypatch.setattr(lm_head, "is_sharded", lambda weight: True)  # float32 takes them then
+    targets = torch.randint(V, (N,))
+    truth = called(written_out, targets, 0.7, None, 0.5)
+    no_worse_than_theirs(*both(targets, 0.7, CHUNK, None, 0.5), truth, head(dtype, True))
+
+
+def test_a_weight_that_is_sharded_between_forward_and_backward() -> None:
+    """As under ZeRO-3: whole inside TRL's context, empty outside."""
+    hidden, full = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
+    weight, targets = torch.nn.Parameter(full.clone()), torch.randint(V, (N,))
+    weight.ds_id, entered = 0, []
+
+    @contextmanager
+    def gather(*parameters: object) -> Iterator[None]:
+        entered.append(parameters)
+        weight.data = full.clone()
+        yield
+
+    logprobs = ours.chunked_logprobs(hidden, weight, None, targets, 1.0, CHUNK)[0]
+    weight.data = torch.empty(0)
+    with patch("trl.trainer.utils.maybe_gather_lm_head_ctx", gather):
+        logprobs.sum().backward()
+    assert entered == [(weight, None)]
+    leaf, head_leaf = hidden.detach().requires_grad_(), full.requires_grad_()
+    ours.chunked_logprobs(leaf, head_leaf, None, targets, 1.0, CHUNK)[0].sum().backward()
+    torch.testing.assert_close(hidden.grad, leaf.grad)
+    torch.testing.assert_close(weight.grad, head_leaf.grad)
+
+
+def test_not_strict_half_precision_is_nearer_to_the_truth() -> None:
+    tensors, targets = head(torch.bfloat16, False), torch.randint(V, (N,))
+    truth = written_out(*(x.double() for x in tensors), None, targets, 1.0, None, 1.0)[0]
+    errors = []
+    for strict in (True, False):
+        contract.set_strict(strict)
+        try:
+            logprobs = ours.chunked_logprobs(*tensors, None, targets, 1.0, CHUNK)[0]
+        finally:
+            contract.set_strict(True)
+        errors.append((logprobs.double() - truth).abs().max())
+    assert errors[1] < errors[0] / 10
 
 
 def test_tiles_join(same: Check, monkeypatch: pytest.MonkeyPatch) -> None:
