@@ -34,12 +34,14 @@ test: $(VENV)/.test $(TRL) ## the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Each in a folder of its own, first on the path: what OpenRLHF and verl ask for would change the main environment.
-integration: $(VENV)/openrlhf/.done $(VENV)/verl/.done ## OpenRLHF's and verl's own suites with our ops patched in (2 minutes)
+# TRL's tests are on no index: TRL_1_12 and TRL_1_16 name checkouts of these versions; without them that part is skipped.
+integration: $(VENV)/openrlhf/.done $(VENV)/verl/.done $(TRL) $(VENV)/datasets/.done ## the trainers' own suites with our ops patched in, and TRL's trainers (4 minutes)
 	PYTHONPATH=$(VENV)/openrlhf:tests/integrations $(BIN)/python -m pytest -p suite_plugin \
 	  --patched openrlhf --passed 221 $(VENV)/openrlhf/tests
 	PYTHONPATH=$(VENV)/verl:tests/integrations $(BIN)/python -m pytest -p suite_plugin \
 	  --patched verl --passed 153 $(VENV)/verl/tests/trainer
 	PYTHONPATH=$(VENV)/verl $(BIN)/python -m pytest tests/integrations/test_workers.py
+	$(BIN)/python -m pytest tests/integrations/trl tests/integrations/test_deepspeed_chat.py tests/integrations/test_trlx.py
 
 lint: $(VENV)/.test ## style, imports, types
 	$(BIN)/ruff check .
@@ -55,7 +57,7 @@ sanitize: ## run the native code under AddressSanitizer and UndefinedBehaviorSan
 	$(CXX) $(SANITIZE) -fsanitize=thread tests/native/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize-threads
 	build/sanitize-threads
 
-bench: $(VENV)/.test ## every benchmark on this machine, with results in RESULTS (bench/results)
+bench: $(VENV)/.test $(TRL) ## every benchmark on this machine, with results in RESULTS (bench/results)
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest bench --benchmark-json=$(RESULTS)/bench.json
 

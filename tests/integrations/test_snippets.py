@@ -1,6 +1,12 @@
 """The README's snippet for each trainer runs, on the trainer itself."""
 
+import importlib
+import importlib.util
+import inspect
 import re
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +54,44 @@ def test_openrlhf(openrlhf: SimpleNamespace, capsys: pytest.CaptureFixture[str])
     assert openrlhf.loss.PolicyLoss.forward is theirs
     inputs = scope["logprobs"], scope["old"], scope["advantages"], torch.ones(2, 8)
     torch.testing.assert_close(scope["loss"], openrlhf.loss.PolicyLoss()(*inputs)[0])
+
+
+@pytest.mark.parametrize(("heading", "trainer"), [("DeepSpeed-Chat", "deepspeed_chat"), ("trlX", "trlx")])
+def test_a_source_tree(heading: str, trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its source is not at hand, on modules that hold the same names with the same signatures."""
+    (integration,) = importlib.import_module(f"ppo_fast.integrations.{trainer}").INTEGRATIONS
+    package = integration.replacements[0].path.split(".")[0]
+    assert importlib.util.find_spec(package) is None, (
+        f"{package} is importable: its tests run the real source"
+    )
+    originals = {}
+    for declared in integration.replacements:
+        home, _, names = declared.path.partition(":")
+        for depth in range(1, home.count(".") + 2):
+            name = ".".join(home.split(".")[:depth])
+            if name not in sys.modules:
+                monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        owner = sys.modules[home]
+        *outer, last = names.split(".")
+        for cls in outer:
+            owner.__dict__.setdefault(cls, type(cls, (), {}))
+            owner = getattr(owner, cls)
+        originals[declared.path] = _like(declared.ours)
+        setattr(owner, last, originals[declared.path])
+    scope = run(SNIPPETS[heading], {"absent": ()})
+    assert scope["logprobs"].shape == (2, 7)
+    assert sum(scope["record"].calls.values()) == 1
+    assert len(scope["record"].replaced) == len(originals)
+
+
+def _like(function: Callable[..., object]) -> Callable[..., object]:
+    """A function with the signature of this one, which is never to be reached."""
+
+    def original(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the original was called")
+
+    original.__signature__ = inspect.signature(function)
+    return original
 
 
 def test_one_function_at_a_time() -> None:

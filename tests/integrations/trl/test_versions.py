@@ -36,11 +36,11 @@ def run_inside(version: str, *files: str) -> None:
 
 
 def test_1_12() -> None:
-    run_inside("1.12.0", "rows_1_12.py", "ppo_1_12.py", "run_1_12.py")
+    run_inside("1.12.0", "rows_1_12.py", "ppo_1_12.py", "run_1_12.py", "snippet.py")
 
 
 def test_1_16() -> None:
-    run_inside("1.16.0", "rows_1_16.py", "lm_head_1_16.py")
+    run_inside("1.16.0", "rows_1_16.py", "lm_head_1_16.py", "snippet.py")
 
 
 def test_grpo_of_1_16() -> None:
