@@ -86,7 +86,7 @@ inline V expm1_less_x(V x, V exp_x) {
   for (int k = 7; k >= 0; --k) series = series * x + kInverseFactorials[k];
   series = (series * x + C(0.5)) * (x * x);
   const C near = sizeof(C) == sizeof(float) ? C(1) : C(0.125);
-  return (x < near) & (x > -near) ? series : exp_x - C(1) - x;
+  return ((x < near) & (x > -near)) ? series : exp_x - C(1) - x;
 }
 
 // A number or register of numbers, held within [-bound, bound]; NaN stays NaN.
