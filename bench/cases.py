@@ -40,6 +40,9 @@ GPU_CASES = [
 ]
 LOGITS = GPU_CASES if DEVICE == "cuda" else CPU_CASES
 
+# What the native ops are held to on a CPU, side by side with what they replace.
+RATIOS = [SMOKE, *(Case(512, v, dtype) for v in (32000, 151936) for dtype in (torch.float32, torch.bfloat16))]
+
 # Tokens: a micro-batch, and one that fills a GPU.
 TOKENS = [SMOKE, Case(64, 1024, torch.float32), Case(1024, 1024, torch.float32)]
 

@@ -50,7 +50,7 @@ void forward(const RowGrid& grid, std::uintptr_t logprobs, std::uintptr_t entrop
              const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
   require_labels(grid);
-  require(grid.rows == 0 || (logprobs != 0 && entropy != 0 && stats != 0), "an output is a null address");
+  require(grid.rows == 0 || (logprobs != 0 && stats != 0), "logprobs or stats is a null address");
   const ForwardOut out{pointer<void>(logprobs), pointer<void>(entropy), pointer<RowStats>(stats)};
   py::gil_scoped_release release;
   logprob_forward(grid, out, on);
@@ -67,9 +67,10 @@ void backward(const RowGrid& grid, std::uintptr_t stats, std::uintptr_t grad_log
   logprob_backward(grid, in, on);
 }
 
-void exp_probe(std::uintptr_t x, std::uintptr_t y, std::int64_t n, const std::string& isa) {
+void exp_probe(std::uintptr_t x, std::uintptr_t y, std::int64_t n, double temperature, bool halves,
+               const std::string& isa) {
   require(n == 0 || (x != 0 && y != 0), "x or y is a null address");
-  exp_float32(pointer<const float>(x), pointer<float>(y), n, isa_named(isa));
+  exp_float32(pointer<const float>(x), pointer<float>(y), n, temperature, halves, isa_named(isa));
 }
 
 // Token tensors come as (address, dtype code, row stride), 0 for an address that is not given.
@@ -276,7 +277,8 @@ PYBIND11_MODULE(_C, m) {
   define_token_ops(m);
   define_policy_ops(m);
   m.def("large_block", &large_block, py::arg("bytes"), "Uninitialised bytes as a DLPack capsule.");
-  m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("isa"));
+  m.def("exp_float32", &exp_probe, py::kw_only(), py::arg("x"), py::arg("y"), py::arg("n"),
+        py::arg("temperature"), py::arg("halves"), py::arg("isa"));
   m.def("compiled_isas", &compiled_isas, "Instruction sets in this binary, best first.");
   m.def("supported_isas", &supported_isas, "Those of them that this machine can run, best first.");
 #ifdef PPO_FAST_CUDA

@@ -1,8 +1,8 @@
 // One row of policy logits beside one of the reference: exact KL, and the clipped policy loss with its gradient. One body
 // for every instruction set; policy.cpp includes it once for each; hence no include guard.
 //
-// As in row.h all is said of d = (x - top) / T, and of the gap d - d_ref of a column, which is log p - log q up to a
-// constant of the row: the difference is taken column by column before anything is summed, so that two nearly equal rows
+// As in row.h all is said of d = x - top, and of the gap d - d_ref of a column, which is T (log p - log q) up to a constant
+// of the row: the difference is taken column by column before anything is summed, so that two nearly equal rows
 // do not cancel.
 #include "cpu/blocks.h"
 #include "row.h"
@@ -38,100 +38,92 @@ inline const C* ref_block(const RefGrid& ref, std::int64_t row, std::int64_t sta
   }
 }
 
-// Sums of one block, lanes added in double: e^d and e^d d as in add_block and in its order, so that a log-probability has
-// the same bits beside a reference as alone; and e^(d_ref) and e^d (d - d_ref).
+// Of both rows: what RowSums has of the policy's, by the same steps, so that a log-probability has the same bits beside a
+// reference as alone; sum e^(d_ref / T); and sum e^(d / T) (d - d_ref).
+template <class T>
 struct PairSums {
-  double total;
-  double weighted;
-  double ref_total;
-  double gaps;
+  using C = Compute<T>;
+  RowSums<T, true> own;
+  DoubleSum<C> ref_total;
+  DoubleSum<C> gaps;
+
+  void add(const T* x, const C* r, std::int64_t n, C top, C ref_top, const RowExp<T>& exp) {
+    using V = Vec<T>;
+    constexpr int kWidth = Lanes<C>::kWidth;
+    const C infinity = static_cast<C>(HUGE_VAL);
+    BlockSums<T, true> block;
+    V ref_sum{}, gap_sum{};
+    for_registers(x, n, [&](V v, std::int64_t i, int chain) {
+      const V u = i + kWidth <= n ? load(r + i) : load_tail(r + i, n - i);
+      typename RowExp<T>::Counts counts, ref_counts;
+      const V e = block.add(v - top, chain, exp, counts);
+      ref_sum += exp(u - ref_top, ref_counts);
+      const V term = RowExp<T>::product(e, (v - top) - (u - ref_top), counts);
+      // A column that the policy may take and the reference may not.
+      gap_sum += ((u == -infinity) & (v > -infinity)) ? V{} + infinity : term;
+    });
+    own.add(block);
+    ref_total.add(ref_sum);
+    gaps.add(gap_sum);
+  }
+
+  // The tops rise by a step each, and every gap by the difference of the two.
+  void rise(double step, double ref_step, double temperature) {
+    const double factor = std::exp(-step / temperature);
+    if (gaps.total() != HUGE_VAL) {
+      gaps.add_scaled(own.total, ref_step - step);
+      gaps.scale(factor);
+    }
+    own.rise(step, factor);
+    ref_total.scale(std::exp(-ref_step / temperature));
+  }
 };
 
-template <class T>
-inline PairSums pair_block(const T* x, const Compute<T>* r, std::int64_t n, Compute<T> top, Compute<T> ref_top,
-                           Compute<T> inverse_temperature) {
-  using C = Compute<T>;
-  constexpr int kWidth = Lanes<C>::kWidth;
-  const C infinity = static_cast<C>(HUGE_VAL);
-  Vec<T> sum{}, weighted{}, ref_sum{}, gaps{};
-  for (std::int64_t i = 0; i < n; i += kWidth) {
-    const Vec<T> v = i + kWidth <= n ? load(x + i) : load_tail(x + i, n - i);
-    const Vec<T> u = i + kWidth <= n ? load(r + i) : load_tail(r + i, n - i);
-    const Vec<T> d = distance(v, top, inverse_temperature);
-    const Vec<T> e = exp_nonpositive(d);
-    sum += e;
-    weighted += e * d;
-    ref_sum += exp_nonpositive(distance(u, ref_top, inverse_temperature));
-    const Vec<T> gap = (v - top) * inverse_temperature - (u - ref_top) * inverse_temperature;
-    const Vec<T> term = e == C(0) ? Vec<T>{} : e * gap;
-    // A column that the policy may take and the reference may not.
-    gaps += ((u == -infinity) & (v > -infinity)) ? Vec<T>{} + infinity : term;
-  }
-  PairSums sums{};
-  for (int lane = 0; lane < kWidth; ++lane) {
-    sums.total += sum[lane];
-    sums.weighted += weighted[lane];
-    sums.ref_total += ref_sum[lane];
-    sums.gaps += gaps[lane];
-  }
-  return sums;
-}
+// How far `top` rises for a candidate; nothing was summed from a top of -inf.
+inline double rise_of(double top, double candidate) { return candidate > top && top > -HUGE_VAL ? candidate - top : 0.0; }
 
-// s e^step with 0 for a weight that vanished.
-inline double carried(double factor, double x) { return factor == 0.0 ? 0.0 : factor * x; }
-
-// row_forward of both rows at once. Where a maximum rises, every gap moves by the difference of the two steps.
+// row_forward of both rows at once.
 template <class T>
 inline PolicyState pair_forward(const T* x, const RefGrid& ref, std::int64_t row, std::int64_t vocab, double temperature) {
   using C = Compute<T>;
-  const C inverse_temperature = static_cast<C>(1.0 / temperature);
+  const RowExp<T> exp(temperature);
   double top = -HUGE_VAL, ref_top = -HUGE_VAL;
-  PairSums sums{};
-  C buffer[kBlock];
-  for (std::int64_t start = 0; start < vocab; start += kBlock) {
-    const std::int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
+  PairSums<T> sums;
+  C buffer[kBlock<T>];
+  for (std::int64_t start = 0; start < vocab; start += kBlock<T>) {
+    const std::int64_t n = vocab - start < kBlock<T> ? vocab - start : kBlock<T>;
     const C* r = ref_block(ref, row, start, n, buffer);
     const double candidate = block_max(x + start, n);
     const double ref_candidate = block_max(r, n);
-    const double step = candidate > top && sums.total != 0.0 ? (top - candidate) / temperature : 0.0;
-    const double ref_step = ref_candidate > ref_top && sums.ref_total != 0.0 ? (ref_top - ref_candidate) / temperature : 0.0;
-    if (step != 0.0 || ref_step != 0.0) {
-      const double factor = std::exp(step);
-      if (sums.gaps != HUGE_VAL) sums.gaps = carried(factor, sums.gaps + (step - ref_step) * sums.total);
-      sums.weighted = carried(factor, sums.weighted + step * sums.total);
-      sums.total *= factor;
-      sums.ref_total *= std::exp(ref_step);
-    }
+    const double step = rise_of(top, candidate), ref_step = rise_of(ref_top, ref_candidate);
+    if (step != 0.0 || ref_step != 0.0) sums.rise(step, ref_step, temperature);
     if (candidate > top) top = candidate;
     if (ref_candidate > ref_top) ref_top = ref_candidate;
-    // While every logit so far is -inf, measure from 0, as row_forward does.
-    const PairSums block = pair_block(x + start, r, n, top == -HUGE_VAL ? C(0) : static_cast<C>(top),
-                                      ref_top == -HUGE_VAL ? C(0) : static_cast<C>(ref_top), inverse_temperature);
-    sums.total += block.total;
-    sums.weighted += block.weighted;
-    sums.ref_total += block.ref_total;
-    sums.gaps += block.gaps;
+    sums.add(x + start, r, n, origin<C>(top), origin<C>(ref_top), exp);
   }
-  return {{top, sums.total, sums.weighted / sums.total}, ref_top, sums.ref_total, sums.gaps / sums.total, 0.0, 0.0, 0.0};
+  const double total = sums.own.total.total();
+  const RowStats stats{top, total, sums.own.weighted.total() / (total * temperature)};
+  return {stats, ref_top, sums.ref_total.total(), sums.gaps.total() / (total * temperature), 0.0, 0.0, 0.0};
 }
 
 // The gradient with a KL: dx_j = p_j (a + b d_j + k gap_j) + c [j = label], with T a = g_entropy mean - g_logprob -
-// g_kl mean_gap, T b = -g_entropy, T k = g_kl, T c = g_logprob. Without a label (-1) c is 0. dx may be x itself.
+// g_kl mean_gap, T^2 b = -g_entropy, T^2 k = g_kl, T c = g_logprob. Without a label (-1) c is 0. dx may be x itself.
 template <class T>
 inline void pair_backward(const T* x, const RefGrid& ref, std::int64_t row, T* dx, std::int64_t vocab, std::int64_t label,
                           double temperature, const PolicyState& state) {
   using C = Compute<T>;
   constexpr int kWidth = Lanes<C>::kWidth;
   const RowStats& stats = state.stats;
-  const C inverse_temperature = static_cast<C>(1.0 / temperature);
+  const RowExp<T> exp(temperature);
   const C top = static_cast<C>(stats.top), ref_top = static_cast<C>(state.ref_top);
   const double scale = 1.0 / (stats.total * temperature);
   const double down = state.g_entropy * stats.mean - state.g_logprob - state.g_kl * state.mean_gap;
   const C a = static_cast<C>(down * scale);
-  const C b = static_cast<C>(-state.g_entropy * scale), k = static_cast<C>(state.g_kl * scale);
+  const C b = static_cast<C>(-state.g_entropy * scale / temperature);
+  const C k = static_cast<C>(state.g_kl * scale / temperature);
   // An infinite KL has no gradient: without this guard NaN shows it.
   const C negligible = state.mean_gap < HUGE_VAL ? C(0) : C(-1);
-  C buffer[kBlock];
+  C buffer[kBlock<T>];
   C at_label = 0;
   if (label >= 0) {
     const double d = (widen(x[label]) - stats.top) / temperature;
@@ -142,17 +134,17 @@ inline void pair_backward(const T* x, const RefGrid& ref, std::int64_t row, T* d
     const double from_logprob = state.g_logprob == 0.0 ? 0.0 : -state.g_logprob * std::expm1(d - std::log(stats.total));
     at_label = static_cast<C>((from_logprob + (p <= negligible ? 0.0 : p * terms)) / temperature);
   }
-  for (std::int64_t start = 0; start < vocab; start += kBlock) {
-    const std::int64_t size = vocab - start < kBlock ? vocab - start : kBlock;
+  for (std::int64_t start = 0; start < vocab; start += kBlock<T>) {
+    const std::int64_t size = vocab - start < kBlock<T> ? vocab - start : kBlock<T>;
     const C* r = ref_block(ref, row, start, size, buffer);
     for (std::int64_t i = 0; i < size; i += kWidth) {
       const std::int64_t n = size - i;
       const Vec<T> v = n >= kWidth ? load(x + start + i) : load_tail(x + start + i, n);
       const Vec<T> u = n >= kWidth ? load(r + i) : load_tail(r + i, n);
-      const Vec<T> d = distance(v, top, inverse_temperature);
-      const Vec<T> e = exp_nonpositive(d);
-      const Vec<T> gap = (v - top) * inverse_temperature - (u - ref_top) * inverse_temperature;
-      const Vec<T> gradient = e * (b * d + a + k * gap);
+      const Vec<T> d = v - top;
+      typename RowExp<T>::Counts counts;
+      const Vec<T> e = exp(d, counts);
+      const Vec<T> gradient = e * (b * d + a + k * (d - (u - ref_top)));
       store_some(dx + start + i, e <= negligible ? Vec<T>{} : gradient, n);
     }
   }
@@ -165,15 +157,16 @@ inline void ref_gradient_block(const T* x, const Compute<T>* r, std::int64_t n, 
                                double g, Compute<T>* dr) {
   using C = Compute<T>;
   constexpr int kWidth = Lanes<C>::kWidth;
-  const C inverse_temperature = static_cast<C>(1.0 / temperature);
+  const RowExp<T> exp(temperature);
   const C scale = static_cast<C>(g / (state.stats.total * temperature));
   const C ref_scale = static_cast<C>(g / (state.ref_total * temperature));
   const C top = static_cast<C>(state.stats.top), ref_top = static_cast<C>(state.ref_top);
   for (std::int64_t i = 0; i < n; i += kWidth) {
     const Vec<T> v = n - i >= kWidth ? load(x + i) : load_tail(x + i, n - i);
     const Vec<T> u = n - i >= kWidth ? load(r + i) : load_tail(r + i, n - i);
-    const Vec<T> p = exp_nonpositive(distance(v, top, inverse_temperature)) * scale;
-    const Vec<T> q = exp_nonpositive(distance(u, ref_top, inverse_temperature)) * ref_scale;
+    typename RowExp<T>::Counts counts;
+    const Vec<T> p = exp(v - top, counts) * scale;
+    const Vec<T> q = exp(u - ref_top, counts) * ref_scale;
     store_some(dr + i, q - p, n - i);
   }
 }
@@ -233,7 +226,7 @@ inline void policy_row(const PolicyIn& in, const PolicyOut& out, const Clip<Comp
     if (beside) {
       state = pair_forward(x, in.ref, r, in.grid.vocab, temperature);
     } else {
-      state.stats = row_forward(x, in.grid.vocab, temperature);
+      state.stats = row_forward<T, true>(x, in.grid.vocab, temperature);
     }
     const double log_total = std::log(state.stats.total);
     logprob = static_cast<C>((widen(x[in.grid.labels[r]]) - state.stats.top) / temperature - log_total);
@@ -304,7 +297,7 @@ template <class T>
 void kl_gradients(const RowGrid& grid, const RefGrid& ref, const PolicyState* states, const void* grad_kl, void* of_logits,
                   void* of_ref, std::int64_t begin, std::int64_t end) {
   using C = Compute<T>;
-  C buffer[kBlock], gradient[kBlock];
+  C buffer[kBlock<T>], gradient[kBlock<T>];
   for (std::int64_t r = begin; r < end; ++r) {
     const double g = static_cast<const C*>(grad_kl)[r];
     const double temperature = grid.temperature[r * grid.temperature_stride];
@@ -316,8 +309,8 @@ void kl_gradients(const RowGrid& grid, const RefGrid& ref, const PolicyState* st
       if (g == 0.0) std::memset(static_cast<void*>(dx), 0, grid.vocab * sizeof(T));
       if (g != 0.0) pair_backward(x, ref, r, dx, grid.vocab, -1, temperature, state);
     }
-    for (std::int64_t start = 0; of_ref != nullptr && start < grid.vocab; start += kBlock) {
-      const std::int64_t n = grid.vocab - start < kBlock ? grid.vocab - start : kBlock;
+    for (std::int64_t start = 0; of_ref != nullptr && start < grid.vocab; start += kBlock<T>) {
+      const std::int64_t n = grid.vocab - start < kBlock<T> ? grid.vocab - start : kBlock<T>;
       if (g == 0.0) std::memset(gradient, 0, sizeof gradient);
       if (g != 0.0) ref_gradient_block(x + start, ref_block(ref, r, start, n, buffer), n, states[r], temperature, g, gradient);
       narrow_to(ref.dtype, gradient, n, of_ref, r * grid.vocab + start);

@@ -1,99 +1,197 @@
 // One row of logits: online maximum and sums, target, entropy, gradient. One body for every instruction set and dtype:
 // logits.cpp includes it once for each set, after lanes.h, inside that set's target pragma; hence no include guard.
 //
-// Everything is said of d = (x - top) / T <= 0 with top = max x, never of x / T itself: a common offset of the logits
-// cancels exactly, and d carries two roundings at its own size where x / T carries one at the size of x.
+// Everything is said of d = x - top <= 0 with top = max x, never of x / T itself: a common offset of the logits cancels
+// exactly, and d carries one rounding at its own size where x / T carries one at the size of x.
 
 namespace ppo_fast {
 namespace PPO_FAST_ISA {
 
-constexpr std::int64_t kBlock = 1024;  // elements read twice while they are in L1: once for the maximum, once for exp
+template <class T>
+constexpr std::int64_t kBlock = 2048 / sizeof(T);  // elements read twice while they are in L1: for the maximum, then for exp
+constexpr int kChains = 2;             // independent sums of a block: one would wait for its own latency
+template <class T>
+constexpr int kStep = kChains * Lanes<Compute<T>>::kWidth;
 
-// exp is 0 long before this; a logit of -inf stands here, so that 0 * d is 0 and not NaN. NaN compares false and stays.
-template <class V, class C>
-inline V distance(V x, C top, C inverse_temperature) {
-  const V d = (x - top) * inverse_temperature;
-  const V floor = V{} + C(-1000);
-  return floor > d ? floor : d;
+// The last elements of a row, filled up with -inf to `kWidth`: logits that weigh nothing.
+template <int kWidth, class T>
+inline void fill_tail(const T* x, std::int64_t n, T* lanes) {
+  for (int i = 0; i < kWidth; ++i) lanes[i] = narrow<T>(-HUGE_VAL);
+  for (std::int64_t i = 0; i < n; ++i) lanes[i] = x[i];
 }
 
-// The last elements of a row, filled up with -inf: logits that weigh nothing.
 template <class T>
 inline Vec<T> load_tail(const T* x, std::int64_t n) {
   T lanes[Lanes<Compute<T>>::kWidth];
-  for (T& lane : lanes) lane = narrow<T>(-HUGE_VAL);
-  for (std::int64_t i = 0; i < n; ++i) lanes[i] = x[i];
+  fill_tail<Lanes<Compute<T>>::kWidth>(x, n, lanes);
   return load(lanes);
 }
 
+// body(v, i, chain) over the registers of a block, from element i on, the last of them filled up; step(at) before each whole
+// step of them.
+template <class T, class Body, class Step>
+inline void for_registers(const T* x, std::int64_t n, const Body& body, const Step& step) {
+  constexpr int kWidth = Lanes<Compute<T>>::kWidth;
+  std::int64_t i = 0;
+  for (; i + kStep<T> <= n; i += kStep<T>) {
+    step(x + i);
+    for (int chain = 0; chain < kChains; ++chain) body(load(x + i + chain * kWidth), i + chain * kWidth, chain);
+  }
+  for (; i + kWidth <= n; i += kWidth) body(load(x + i), i, 0);
+  if (i < n) body(load_tail(x + i, n - i), i, 0);
+}
+
+template <class T, class Body>
+inline void for_registers(const T* x, std::int64_t n, const Body& body) {
+  for_registers(x, n, body, [](const T*) {});
+}
+
+template <class V>
+inline V greater(V x, V y) {
+  return x > y ? x : y;
+}
+
+// The greatest of the lanes of a register, which holds numbers of type N.
+template <class N, class V>
+inline N greatest_lane(V v) {
+  constexpr int kWidth = sizeof(V) / sizeof(N);
+  N lanes[kWidth];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = greater(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
+// The greatest logit, a step of them at a time. NaN compares false and is passed by.
+template <class T>
+struct Top {
+  static_assert(kChains == 2, "value() joins two");
+  Vec<T> most[kChains] = {Vec<T>{} - Compute<T>(HUGE_VAL), Vec<T>{} - Compute<T>(HUGE_VAL)};
+
+  void take(const T* x) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      most[chain] = greater(load(x + chain * Lanes<Compute<T>>::kWidth), most[chain]);
+    }
+  }
+  Compute<T> value() const { return greatest_lane<Compute<T>>(greater(most[0], most[1])); }
+};
+
+// Of 16-bit floats by their bits, a register of them at once. As signed numbers those from +0 on are in order; where there is
+// none, the greatest is the one of the least bits. A NaN may come out, of a row that is NaN anyway.
+template <class Half>
+struct HalfTop {
+  typedef std::int16_t Signed __attribute__((vector_size(PPO_FAST_BYTES)));
+  typedef std::uint16_t Unsigned __attribute__((vector_size(PPO_FAST_BYTES)));
+  static_assert(kStep<Half> * sizeof(Half) == PPO_FAST_BYTES, "a step is a register of halves");
+  Signed most = Signed{} - INT16_MAX;
+  Unsigned least = Unsigned{} + UINT16_MAX;
+
+  void take(const Half* x) {
+    Signed bits;
+    std::memcpy(&bits, x, sizeof bits);
+    most = greater(bits, most);
+    least = reinterpret_cast<Unsigned>(bits) < least ? reinterpret_cast<Unsigned>(bits) : least;
+  }
+  float value() const {
+    const auto positive = greatest_lane<std::int16_t>(most);
+    if (positive >= 0) return widen(Half{static_cast<std::uint16_t>(positive)});
+    return widen(Half{static_cast<std::uint16_t>(~greatest_lane<std::uint16_t>(~least))});
+  }
+};
+template <>
+struct Top<BFloat16> : HalfTop<BFloat16> {};
+template <>
+struct Top<Float16> : HalfTop<Float16> {};
+
 template <class T>
 inline Compute<T> block_max(const T* x, std::int64_t n) {
-  constexpr int kWidth = Lanes<Compute<T>>::kWidth;
-  constexpr int kChains = 4;  // independent maxima: one chain would wait for its own latency
-  Vec<T> top[kChains];
-  for (Vec<T>& t : top) t = Vec<T>{} - Compute<T>(HUGE_VAL);
+  Top<T> top;
   std::int64_t i = 0;
-  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; ++c) {
-      const Vec<T> v = load(x + i + c * kWidth);
-      top[c] = v > top[c] ? v : top[c];
+  for (; i + kStep<T> <= n; i += kStep<T>) top.take(x + i);
+  if (i < n) {
+    T lanes[kStep<T>];
+    fill_tail<kStep<T>>(x + i, n - i, lanes);
+    top.take(lanes);
+  }
+  return top.value();
+}
+
+// Of one block: sum e^(d / T) and, where the mean is wanted, sum e^(d / T) d of d = x - top, in lanes of the arithmetic.
+template <class T, bool mean>
+struct BlockSums {
+  Vec<T> total[kChains]{};
+  Vec<T> weighted[kChains]{};
+
+  // Returns e^(d / T).
+  Vec<T> add(Vec<T> d, int chain, const RowExp<T>& exp, typename RowExp<T>::Counts& counts) {
+    const Vec<T> e = exp(d, counts);
+    total[chain] += e;
+    if constexpr (mean) weighted[chain] = RowExp<T>::add_product(e, d, weighted[chain], counts);
+    return e;
+  }
+};
+
+// The same of a row: blocks are added in double.
+template <class T, bool mean>
+struct RowSums {
+  DoubleSum<Compute<T>> total;
+  DoubleSum<Compute<T>> weighted;
+
+  void add(const BlockSums<T, mean>& block) {
+    total.add(block.total[0] + block.total[1]);
+    if constexpr (mean) weighted.add(block.weighted[0] + block.weighted[1]);
+  }
+
+  // The top rises by `step`: sum e^(d / T) -> f sum, sum e^(d / T) d -> f (weighted - step sum), with f = e^(-step / T).
+  void rise(double step, double factor) {
+    if constexpr (mean) {
+      weighted.add_scaled(total, -step);
+      weighted.scale(factor);
     }
+    total.scale(factor);
   }
-  for (; i < n; i += kWidth) {
-    const Vec<T> v = i + kWidth <= n ? load(x + i) : load_tail(x + i, n - i);
-    top[0] = v > top[0] ? v : top[0];
-  }
-  Compute<T> best = top[0][0];
-  for (const Vec<T>& t : top) {
-    for (int lane = 0; lane < kWidth; ++lane) best = t[lane] > best ? t[lane] : best;
-  }
-  return best;
+};
+
+// The top from which a block is measured. While every logit so far is -inf, measure from 0: they then weigh nothing instead of
+// being inf - inf.
+template <class C>
+inline C origin(double top) {
+  return top == -HUGE_VAL ? C(0) : static_cast<C>(top);
 }
 
-// total += sum exp(d), weighted += sum exp(d) d over one block; lanes are float, blocks are added in double.
-template <class T>
-inline void add_block(const T* x, std::int64_t n, Compute<T> top, Compute<T> inverse_temperature, double* total,
-                      double* weighted) {
-  constexpr int kWidth = Lanes<Compute<T>>::kWidth;
-  Vec<T> sum{};
-  Vec<T> weighted_sum{};
-  for (std::int64_t i = 0; i < n; i += kWidth) {
-    const Vec<T> v = i + kWidth <= n ? load(x + i) : load_tail(x + i, n - i);
-    const Vec<T> d = distance(v, top, inverse_temperature);
-    const Vec<T> e = exp_nonpositive(d);
-    sum += e;
-    weighted_sum += e * d;
-  }
-  for (int lane = 0; lane < kWidth; ++lane) {
-    *total += sum[lane];
-    *weighted += weighted_sum[lane];
-  }
-}
-
-// When the maximum rises from t to u, with s = (t - u) / T: sum exp(d) -> e^s sum, sum exp(d) d -> e^s (weighted + s sum).
-template <class T>
+// While a block is summed, the maximum of the next one is taken: memory has work when the arithmetic is the bottleneck.
+template <class T, bool mean>
 inline RowStats row_forward(const T* x, std::int64_t vocab, double temperature) {
   using C = Compute<T>;
-  const C inverse_temperature = static_cast<C>(1.0 / temperature);
+  const RowExp<T> exp(temperature);
   double top = -HUGE_VAL;
-  double total = 0.0;
-  double weighted = 0.0;
-  for (std::int64_t start = 0; start < vocab; start += kBlock) {
-    const std::int64_t n = vocab - start < kBlock ? vocab - start : kBlock;
-    const double candidate = block_max(x + start, n);
+  RowSums<T, mean> sums;
+  double candidate = block_max(x, vocab < kBlock<T> ? vocab : kBlock<T>);
+  for (std::int64_t start = 0; start < vocab; start += kBlock<T>) {
     if (candidate > top) {
-      if (total != 0.0) {
-        const double step = (top - candidate) / temperature;
-        const double factor = std::exp(step);
-        weighted = factor == 0.0 ? 0.0 : factor * (weighted + step * total);
-        total *= factor;
-      }
+      if (top > -HUGE_VAL) sums.rise(candidate - top, std::exp((top - candidate) / temperature));
       top = candidate;
     }
-    // While every logit so far is -inf, measure from 0: they then weigh nothing instead of being inf - inf.
-    add_block(x + start, n, top == -HUGE_VAL ? C(0) : static_cast<C>(top), inverse_temperature, &total, &weighted);
+    const C from = origin<C>(top);
+    BlockSums<T, mean> block;
+    const auto add = [&](Vec<T> v, std::int64_t, int chain) {
+      typename RowExp<T>::Counts counts;
+      block.add(v - from, chain, exp, counts);
+    };
+    const std::int64_t left = vocab - start - kBlock<T>;
+    if (left >= kBlock<T>) {
+      Top<T> next;
+      for_registers(x + start, kBlock<T>, add, [&](const T* at) { next.take(at + kBlock<T>); });
+      candidate = next.value();
+    } else {
+      for_registers(x + start, left < 0 ? left + kBlock<T> : kBlock<T>, add);
+      candidate = left > 0 ? block_max(x + start + kBlock<T>, left) : -HUGE_VAL;
+    }
+    sums.add(block);
   }
-  return {top, total, weighted / total};
+  const double total = sums.total.total();
+  return {top, total, mean ? sums.weighted.total() / (total * temperature) : 0.0};
 }
 
 template <class T>
@@ -105,18 +203,18 @@ inline void store_some(T* y, Vec<T> v, std::int64_t n) {
 }
 
 // The gradient of g_logprob * logprob + g_entropy * entropy:
-// dx_j = p_j (a + b d_j) + c [j = label], with T a = g_entropy mean - g_logprob, T b = -g_entropy, T c = g_logprob.
-// dx may be x itself.
+// dx_j = p_j (a + b d_j) + c [j = label], with T a = g_entropy mean - g_logprob, T^2 b = -g_entropy, T c = g_logprob, and
+// d = x - top. dx may be x itself.
 template <class T>
 inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t label, double temperature,
                          const RowStats& stats, double g_logprob, double g_entropy) {
   using C = Compute<T>;
   constexpr int kWidth = Lanes<C>::kWidth;
-  const C inverse_temperature = static_cast<C>(1.0 / temperature);
+  const RowExp<T> exp(temperature);
   const C top = static_cast<C>(stats.top);
   const double scale = 1.0 / (stats.total * temperature);
   const C a = static_cast<C>((g_entropy * stats.mean - g_logprob) * scale);
-  const C b = static_cast<C>(-g_entropy * scale);
+  const C b = static_cast<C>(-g_entropy * scale / temperature);
   // The target in one shot: 1 - p rounds to nothing near p = 1, and reading back a stored p would round it first.
   const double d_label = (widen(x[label]) - stats.top) / temperature;
   const double p = std::exp(d_label) / stats.total;
@@ -124,8 +222,10 @@ inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t lab
   const double from_logprob = g_logprob == 0.0 ? 0.0 : -g_logprob * std::expm1(d_label - std::log(stats.total));
   for (std::int64_t i = 0; i < vocab; i += kWidth) {
     const std::int64_t n = vocab - i;
-    const Vec<T> d = distance(n >= kWidth ? load(x + i) : load_tail(x + i, n), top, inverse_temperature);
-    store_some(dx + i, exp_nonpositive(d) * (b * d + a), n);
+    const Vec<T> d = (n >= kWidth ? load(x + i) : load_tail(x + i, n)) - top;
+    typename RowExp<T>::Counts counts;
+    const Vec<T> e = exp(d, counts);
+    store_some(dx + i, RowExp<T>::product(e, b * d + a, counts), n);
   }
   dx[label] = narrow<T>((from_logprob + from_entropy) / temperature);
 }
@@ -136,12 +236,13 @@ void forward_rows(const RowGrid& grid, const ForwardOut& out, std::int64_t begin
   for (std::int64_t r = begin; r < end; ++r) {
     const T* x = row_start<T>(grid, r);
     const double temperature = grid.temperature[r * grid.temperature_stride];
-    const RowStats stats = row_forward(x, grid.vocab, temperature);
+    const RowStats stats = out.entropy != nullptr ? row_forward<T, true>(x, grid.vocab, temperature)
+                                                  : row_forward<T, false>(x, grid.vocab, temperature);
     const double log_total = std::log(stats.total);
     const double d = (widen(x[grid.labels[r]]) - stats.top) / temperature;
     out.stats[r] = stats;
     static_cast<C*>(out.logprobs)[r] = static_cast<C>(d - log_total);
-    static_cast<C*>(out.entropy)[r] = static_cast<C>(log_total - stats.mean);
+    if (out.entropy != nullptr) static_cast<C*>(out.entropy)[r] = static_cast<C>(log_total - stats.mean);
   }
 }
 
@@ -163,11 +264,14 @@ void backward_rows(const RowGrid& grid, const BackwardIn& in, std::int64_t begin
   }
 }
 
-inline void exp_rows(const float* x, float* y, std::int64_t n) {
+template <class T>
+inline void exp_rows(const float* x, float* y, std::int64_t n, double temperature) {
   constexpr int kWidth = Lanes<float>::kWidth;
+  const RowExp<T> exp(temperature);
   for (std::int64_t i = 0; i < n; i += kWidth) {
     const auto v = n - i >= kWidth ? load(x + i) : load_tail(x + i, n - i);
-    const auto e = exp_nonpositive(distance(v, 0.0f, 1.0f));
+    typename RowExp<T>::Counts counts;
+    const auto e = exp(v, counts);
     for (int lane = 0; lane < kWidth && i + lane < n; ++lane) y[i + lane] = e[lane];
   }
 }

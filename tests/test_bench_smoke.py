@@ -13,6 +13,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# The native ops beside what they replace, and what each of these benchmarks reports.
+RATIOS = {
+    "test_logprobs_forward_and_backward": {"eager / fused, median", "eager / fused, best"},
+    "test_logprobs_forward": {"fused / sum, median", "fused / sum, best"},
+    "test_policy_loss_forward_and_backward": {"source / fused, median", "source / fused, best"},
+    "test_policy_loss_memory": {"fused in place, extra memory / logits", "source, extra memory / logits"},
+}
+
+
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run in a process of its own: no interpreter of Triton's and no GPU."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -38,6 +47,10 @@ def test_suites(tmp_path: Path) -> None:
         suite = benchmark["name"].split("[")[0]
         count[suite] = count.get(suite, 0) + 1
         facts = benchmark["extra_info"]
+        if suite in RATIOS:
+            assert RATIOS[suite] <= set(facts)
+            assert all(facts[name] >= 0 for name in RATIOS[suite])
+            continue
         assert facts["gigabytes_per_second"] > 0
         assert facts["share_of_copy"] > 0
         assert facts["times_eager"] > 0
@@ -55,6 +68,7 @@ def test_suites(tmp_path: Path) -> None:
         "test_policy_loss": 3 * 2,
         "test_tokens": 2 * 3,
         "test_experience": 2,
+        **dict.fromkeys(RATIOS, 1),
     }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ppo_fast import build
+
 ROOT = Path(__file__).resolve().parents[1]
 STRANGER = (
     "0.0.1"  # a distribution named `kernels`, as PyPI has one; its version is older than transformers takes
@@ -138,6 +140,30 @@ def test_a_compiler_of_a_few_targets_and_its_runtime_are_found(
     sources, targets = fresh(found, ROOT).splitlines()
     assert targets == "['sm_80', 'sm_90a']"
     assert "csrc/cuda/logits_cluster.cu" in sources
+
+
+WITHOUT_TORCH = """
+import array, importlib.util, sys
+spec = importlib.util.spec_from_file_location("ppo_fast._C", sys.argv[1])
+C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(C)
+logits, labels, temperature = array.array("f", [1.0, 1.0]), array.array("q", [0]), array.array("d", [1.0])
+logprobs, stats = array.array("f", [0.0]), array.array("d", [0.0] * 3)
+at = lambda x: x.buffer_info()[0]
+grid = C.RowGrid(logits=at(logits), dtype=0, rows=1, vocab=2, inner_rows=1, outer_stride=2, inner_stride=2,
+                 labels=at(labels), temperature=at(temperature), temperature_stride=0)
+C.logprob_forward(grid, logprobs=at(logprobs), entropy=0, stats=at(stats), threads=2, isa=C.supported_isas()[0])
+assert "torch" not in sys.modules
+assert "libtorch" not in open("/proc/self/maps").read()
+print(logprobs[0])
+"""
+
+
+@pytest.mark.skipif(build.MISSING_REASON is not None, reason="the native extension is not built")
+def test_the_extension_needs_nothing_of_torch(tmp_path: Path) -> None:
+    """So one wheel serves every version of it: here it loads and computes log(1/2) without any."""
+    code = WITHOUT_TORCH.replace("sys.argv[1]", repr(build.extension().__file__))
+    assert float(fresh(code, tmp_path)) == pytest.approx(-0.6931472, abs=1e-7)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ inline V expm1_less_x(V x, V exp_x) {
   for (int k = 7; k >= 0; --k) series = series * x + kInverseFactorials[k];
   series = (series * x + C(0.5)) * (x * x);
   const C near = sizeof(C) == sizeof(float) ? C(1) : C(0.125);
-  return (x < near) & (x > -near) ? series : exp_x - C(1) - x;
+  return ((x < near) & (x > -near)) ? series : exp_x - C(1) - x;
 }
 
 // A number or register of numbers, held within [-bound, bound]; NaN stays NaN.
@@ -143,57 +143,6 @@ inline void take_mask(const std::uint8_t* mask, std::int64_t n, C* out) {
   for (std::int64_t i = 0; i < n; ++i) out[i] = mask[i] != 0 ? C(1) : C(0);
   for (std::int64_t i = n; i % Lanes<C>::kWidth != 0; ++i) out[i] = C(0);
 }
-
-// The sum of registers in double, lane by lane; of squares about a mean, where `counted` is 1 and not 0.
-template <class C>
-struct DoubleSum;
-
-template <>
-struct DoubleSum<double> {
-  Lanes<double>::Vec lanes{};
-
-  void add(Lanes<double>::Vec x) { lanes += x; }
-  void add_squares(Lanes<double>::Vec x, Lanes<double>::Vec counted, double mean) {
-    const Lanes<double>::Vec deviation = (x - mean) * counted;
-    lanes += deviation * deviation;
-  }
-  double total() const {
-    double sum = 0.0;
-    for (int i = 0; i < Lanes<double>::kWidth; ++i) sum += lanes[i];
-    return sum;
-  }
-};
-
-template <>
-struct DoubleSum<float> {
-  typedef float Half __attribute__((vector_size(PPO_FAST_BYTES / 2)));
-  DoubleSum<double> first;
-  DoubleSum<double> second;
-
-  void add(Lanes<float>::Vec x) {
-    first.add(low(x, kLanes));
-    second.add(high(x, kLanes));
-  }
-  void add_squares(Lanes<float>::Vec x, Lanes<float>::Vec counted, double mean) {
-    first.add_squares(low(x, kLanes), low(counted, kLanes), mean);
-    second.add_squares(high(x, kLanes), high(counted, kLanes), mean);
-  }
-  double total() const { return first.total() + second.total(); }
-
- private:
-  static constexpr std::make_integer_sequence<int, Lanes<double>::kWidth> kLanes{};
-
-  template <int... I>
-  static Lanes<double>::Vec low(Lanes<float>::Vec x, std::integer_sequence<int, I...>) {
-    const Half half = __builtin_shufflevector(x, x, I...);
-    return __builtin_convertvector(half, Lanes<double>::Vec);
-  }
-  template <int... I>
-  static Lanes<double>::Vec high(Lanes<float>::Vec x, std::integer_sequence<int, I...>) {
-    const Half half = __builtin_shufflevector(x, x, (I + Lanes<double>::kWidth)...);
-    return __builtin_convertvector(half, Lanes<double>::Vec);
-  }
-};
 
 template <class C>
 inline bool any_lane(C flags) {

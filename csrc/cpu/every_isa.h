@@ -1,6 +1,12 @@
 // Includes lanes.h and then the file that PPO_FAST_BODY names, once for each instruction set of this architecture, inside
 // that set's target pragma and namespace. All that a body needs of other headers, standard ones first, stands before it:
-// an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps.
+// an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps. So stands here what lanes.h needs.
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define PPO_FAST_X86 1

@@ -18,7 +18,8 @@ namespace {
 struct RowOps {
   void (*forward[4])(const RowGrid&, const ForwardOut&, std::int64_t, std::int64_t);    // by DType
   void (*backward[4])(const RowGrid&, const BackwardIn&, std::int64_t, std::int64_t);  // by DType
-  void (*exp)(const float*, float*, std::int64_t);
+  void (*exp)(const float*, float*, std::int64_t, double);
+  void (*half_exp)(const float*, float*, std::int64_t, double);
 };
 
 #define PPO_FAST_OPS(isa)                                                                                           \
@@ -26,7 +27,7 @@ struct RowOps {
     {isa::forward_rows<float>, isa::forward_rows<double>, isa::forward_rows<BFloat16>, isa::forward_rows<Float16>}, \
         {isa::backward_rows<float>, isa::backward_rows<double>, isa::backward_rows<BFloat16>,                       \
          isa::backward_rows<Float16>},                                                                              \
-        isa::exp_rows                                                                                               \
+        isa::exp_rows<float>, isa::exp_rows<BFloat16>                                                               \
   }
 
 const RowOps& ops_of(Isa isa) { PPO_FAST_CHOOSE(RowOps, isa); }
@@ -75,6 +76,9 @@ void logprob_backward(const RowGrid& grid, const BackwardIn& in, RunOn on) {
                 [&](std::int64_t begin, std::int64_t end) { rows(grid, in, begin, end); });
 }
 
-void exp_float32(const float* x, float* y, std::int64_t n, Isa isa) { ops_of(isa).exp(x, y, n); }
+void exp_float32(const float* x, float* y, std::int64_t n, double temperature, bool halves, Isa isa) {
+  const RowOps& ops = ops_of(isa);
+  (halves ? ops.half_exp : ops.exp)(x, y, n, temperature);
+}
 
 }  // namespace ppo_fast

@@ -39,7 +39,7 @@ struct RowStats {
 // Outputs are double for float64 logits and float otherwise.
 struct ForwardOut {
   void* logprobs;   // [rows]
-  void* entropy;    // [rows]
+  void* entropy;    // [rows], or null: not wanted, and stats.mean is 0
   RowStats* stats;  // [rows]
 };
 
@@ -59,7 +59,7 @@ std::int64_t first_bad_temperature(const RowGrid& grid);
 void logprob_forward(const RowGrid& grid, const ForwardOut& out, RunOn on);
 void logprob_backward(const RowGrid& grid, const BackwardIn& in, RunOn on);
 
-// exp of n floats in [-inf, 0] by the polynomial of the row ops; for its accuracy test.
-void exp_float32(const float* x, float* y, std::int64_t n, Isa isa);
+// e^(x / T) of n floats in [-inf, 0] as the row ops have it for float logits, or for 16-bit ones; for its accuracy test.
+void exp_float32(const float* x, float* y, std::int64_t n, double temperature, bool halves, Isa isa);
 
 }  // namespace ppo_fast

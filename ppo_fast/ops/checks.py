@@ -173,6 +173,10 @@ class Checker:
         if labels.dtype != torch.int64:
             self.fail("labels", f"has dtype {labels.dtype}", "torch.int64", TypeError)
         if _readable(labels):
+            if mask is None and labels.numel() > 0:  # a quarter of the time of the comparison below
+                least, most = labels.aminmax()
+                if least >= 0 and most < vocab:
+                    return
             good = (labels >= 0) & (labels < vocab)
             self._all("labels", good if mask is None else good | (mask == 0), labels, f"in [0, {vocab})")
 

@@ -36,6 +36,17 @@ def logprobs_and_entropy(
     Raises:
         ValueError: an `impl` that cannot run here, with the reason; V = 0; a temperature that wants a gradient.
     """
+    results = logprob_entropy(logits, labels, _checked(logits, temperature, impl), impl)
+    return results[0], results[1]
+
+
+def logprobs(logits: Tensor, labels: Tensor, temperature: float | Tensor, impl: str) -> Tensor:
+    """Return log p[label] alone, the same bits as with the entropy, which a CPU then saves itself."""
+    return logprob_entropy(logits, labels, _checked(logits, temperature, impl), impl, False)[0]
+
+
+def _checked(logits: Tensor, temperature: float | Tensor, impl: str) -> Tensor:
+    """Refuse what no implementation takes; return the temperature as a tensor."""
     reason = unavailable(impl, logits)
     if reason is not None:
         raise ValueError(f"impl={impl!r} is not available: {reason}")
@@ -51,8 +62,7 @@ def logprobs_and_entropy(
         raise ValueError(
             "`temperature` requires a gradient, which this implementation does not have; detach it"
         )
-    logprobs, entropy, _ = logprob_entropy(logits, labels, temperature, impl)
-    return logprobs, entropy
+    return temperature
 
 
 def _output_dtype(logits: Tensor) -> torch.dtype:
@@ -77,16 +87,19 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("ppo_fast::logprob_entropy", mutates_args=())
 def logprob_entropy(
-    logits: Tensor, labels: Tensor, temperature: Tensor, impl: str
+    logits: Tensor, labels: Tensor, temperature: Tensor, impl: str, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Operator behind `logprobs_and_entropy`; its third output [N, 3] is what the backward needs of each row."""
+    """Operator behind the functions above; its third output [N, 3] is what the backward needs of each row.
+
+    Without entropy its second output is empty.
+    """
     rows = row_grid(logits) if impl == "cpu" else gpu_row_grid(logits)
     labels = labels.contiguous()
     if impl == "cpu":
-        return _cpu_forward(rows, labels, _flat(temperature, _temperature_dtype(impl)))
+        return _cpu_forward(rows, labels, _flat(temperature, _temperature_dtype(impl)), with_entropy)
     from ppo_fast.kernels import logprob
 
-    return logprob.logprob_forward(
+    logprobs, entropy, stats = logprob.logprob_forward(
         logits=rows.logits,
         labels=labels,
         temperature=_flat(temperature, _temperature_dtype(impl)),
@@ -94,13 +107,16 @@ def logprob_entropy(
         outer_stride=rows.outer_stride,
         inner_stride=rows.inner_stride,
     )
+    return logprobs, entropy if with_entropy else entropy.new_empty(0), stats
 
 
 @logprob_entropy.register_fake
-def _(logits: Tensor, labels: Tensor, temperature: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, labels: Tensor, temperature: Tensor, impl: str, with_entropy: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = logits.new_empty(labels.shape, dtype=_output_dtype(logits))
     stats = logits.new_empty((labels.numel(), 3), dtype=_stats_dtype(impl))
-    return logprobs, torch.empty_like(logprobs), stats
+    return logprobs, logprobs.new_empty(labels.shape if with_entropy else (0,)), stats
 
 
 @torch.library.custom_op("ppo_fast::logprob_entropy_backward", mutates_args=())
@@ -164,14 +180,16 @@ def _native_grid(rows: RowGrid, labels: Tensor, temperature: Tensor) -> Any:  # 
     )
 
 
-def _cpu_forward(rows: RowGrid, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_forward(
+    rows: RowGrid, labels: Tensor, temperature: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     logprobs = torch.empty(labels.shape, dtype=_output_dtype(rows.logits))
-    entropy = torch.empty_like(logprobs)
+    entropy = logprobs.new_empty(labels.shape if with_entropy else (0,))
     stats = torch.empty((labels.numel(), 3), dtype=torch.float64)
     build.extension().logprob_forward(
         _native_grid(rows, labels, temperature),
         logprobs=logprobs.data_ptr(),
-        entropy=entropy.data_ptr(),
+        entropy=_address(entropy if with_entropy else None),
         stats=stats.data_ptr(),
         threads=torch.get_num_threads(),
         isa=build.selected_isa(),
@@ -201,21 +219,21 @@ def _cpu_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, temperature, ctx.impl = inputs
+    logits, labels, temperature, ctx.impl, _ = inputs
     ctx.save_for_backward(logits, labels, temperature, output[2])
     ctx.set_materialize_grads(False)  # an unused output arrives as None, and the kernel drops its term
 
 
 def _backward(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _grad_stats: Tensor | None
-) -> tuple[Tensor | None, None, None, None]:
+) -> tuple[Tensor | None, None, None, None, None]:
     if grad_logprobs is None and grad_entropy is None:
-        return None, None, None, None
+        return None, None, None, None, None
     logits, labels, temperature, stats = ctx.saved_tensors
     grad_logits = logprob_entropy_backward(
         logits, labels, temperature, ctx.impl, stats, grad_logprobs, grad_entropy
     )
-    return grad_logits, None, None, None
+    return grad_logits, None, None, None, None
 
 
 logprob_entropy.register_autograd(_backward, setup_context=_save_for_backward)

@@ -9,12 +9,15 @@ from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
 
 
+def _constant(temperature: float | Tensor) -> float | Tensor:
+    return temperature.detach() if isinstance(temperature, Tensor) else temperature
+
+
 def _fused(logits: Tensor, labels: Tensor, temperature: float | Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy) by a fused kernel; imported here so that importing ppo_fast needs torch alone."""
     from ppo_fast.ops import fused_logprob
 
-    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    return fused_logprob.logprobs_and_entropy(logits, labels, constant, impl)
+    return fused_logprob.logprobs_and_entropy(logits, labels, _constant(temperature), impl)
 
 
 def _check_rows(op: str, logits: Tensor, temperature: float | Tensor) -> Checker:
@@ -58,7 +61,9 @@ def logprobs_from_logits(
     which = dispatch.resolve("logprobs_from_logits", impl, logits)
     if which == "reference":
         return reference.logprobs_from_logits(logits, labels, temperature=temperature)
-    return _fused(logits, labels, temperature, which)[0]
+    from ppo_fast.ops import fused_logprob
+
+    return fused_logprob.logprobs(logits, labels, _constant(temperature), which)
 
 
 def logprobs_and_entropy_from_logits(

@@ -11,7 +11,9 @@
 #include "cpu/experience.h"
 #include "cpu/halves.h"
 #include "cpu/logits.h"
+#include "cpu/losses.h"
 #include "cpu/memory.h"
+#include "cpu/moments.h"
 #include "cpu/policy.h"
 
 using namespace ppo_fast;
@@ -78,6 +80,8 @@ void rows(std::int64_t outer, std::int64_t inner, std::int64_t vocab, RunOn on) 
   std::vector<RowStats> stats(count);
   logprob_forward(grid, {logprobs.data(), entropy.data(), stats.data()}, on);
   logprob_backward(grid, {stats.data(), down.data(), nullptr, out.data()}, on);
+  logprob_forward(grid, {logprobs.data(), nullptr, stats.data()}, on);
+  logprob_backward(grid, {stats.data(), nullptr, down.data(), out.data()}, on);
   std::vector<PolicyState> state(count);
   kl_forward(grid, beside, kl.data(), state.data(), on);
   kl_backward(grid, beside, state.data(), down.data(), out.data(), of_ref.data(), on);
@@ -138,6 +142,76 @@ void sequences(const std::vector<std::int64_t>& lengths, bool packed, bool carry
   kl_estimate({total, compute, tokens(logprobs), tokens(ref), estimate.data(), gradient.data(), 20.0, 10.0, kind}, on);
 }
 
+// The clipped losses of sequences, padded and packed, under every reduction, with and without a normalizer of the caller's.
+template <class T>
+void losses(const std::vector<std::int64_t>& lengths, bool packed, RunOn on) {
+  using C = typename DTypeOf<T>::Number;
+  constexpr DType dtype = DTypeOf<T>::value;
+  const std::int64_t count = static_cast<std::int64_t>(lengths.size());
+  std::vector<std::int64_t> starts(1, 0);
+  std::int64_t width = 0;
+  for (std::int64_t n : lengths) {
+    starts.push_back(starts.back() + n);
+    width = std::max(width, n);
+  }
+  const std::int64_t total = packed ? starts.back() : count * width;
+  const std::vector<T> now = normals<T>(total), old = normals<T>(total), target = normals<T>(total);
+  const std::vector<T> entropy = normals<T>(total), kl = normals<T>(total);
+  std::vector<std::uint8_t> mask(total);
+  for (std::int64_t s = 0; s < count; ++s) {
+    for (std::int64_t t = 0; t < lengths[s]; ++t) mask[(packed ? starts[s] : s * width) + t] = t % 11 != 5;
+  }
+  std::vector<C> kept(total), loss(1), policy_stats(6), value_stats(4);
+  std::vector<T> gradient(total);
+  std::vector<std::int64_t> counted(count);
+  const double normalizer = 3.0;
+  double divisor = 0.0;
+  const auto tokens = [&](const std::vector<T>& x) { return TokenRows{x.data(), dtype, width}; };
+  const DType compute = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const PolicyCoefficients of{0.8, 1.2, 3.0, 20.0, 0.01, 0.1};
+  for (int code = 0; code < 4; ++code) {
+    const TokenBatch in{count, packed ? total : width, packed ? starts.data() : nullptr, compute, {mask.data(), dtype, width},
+                        tokens(now), tokens(old), tokens(target), static_cast<Reduction>(code)};
+    const double* given = code % 2 == 0 ? nullptr : &normalizer;
+    clipped_policy_forward(in, {tokens(entropy), tokens(kl)}, of, given,
+                           {kept.data(), loss.data(), policy_stats.data(), counted.data(), &divisor}, on);
+    expect(!std::isnan(loss[0]), "a policy loss is NaN");
+    clipped_policy_backward(in, of, {2.0, counted.data(), divisor, gradient.data()}, on);
+    clipped_value_forward(in, 0.2, given, {nullptr, loss.data(), value_stats.data(), counted.data(), &divisor}, on);
+    expect(!std::isnan(loss[0]), "a value loss is NaN");
+    clipped_value_backward(in, 0.2, {2.0, counted.data(), divisor, gradient.data()}, on);
+    if (packed) continue;
+    std::vector<double> weights(total);
+    token_weights(in, given, weights.data(), on);
+  }
+}
+
+// Masked moments along and across memory, and what is made of one column of them.
+template <class T>
+void moments(std::int64_t outer, std::int64_t length, std::int64_t inner, RunOn on) {
+  using C = typename DTypeOf<T>::Number;
+  const std::int64_t size = outer * length * inner, columns = outer * inner;
+  const std::vector<T> x = normals<T>(size);
+  const std::vector<C> grad = normals<C>(columns), down = normals<C>(size);
+  std::vector<std::uint8_t> mask(size);
+  for (std::int64_t i = 0; i < size; ++i) mask[i] = i % 7 != 3;
+  std::vector<C> result(columns), normalized(size);
+  std::vector<T> of_x(size);
+  std::vector<Moments> whole(columns);
+  for (bool unbiased : {false, true}) {
+    const MaskedColumns in{x.data(), mask.data(), DTypeOf<T>::value, outer, length, inner, unbiased};
+    for (Moment moment : {Moment::kMean, Moment::kVariance}) {
+      masked_moment(in, moment, result.data(), whole.data(), on);
+      masked_moment_backward(in, moment, whole.data(), grad.data(), of_x.data(), on);
+    }
+    if (columns != 1) continue;
+    for (bool keep_mean : {false, true}) {
+      masked_normalize(in, keep_mean, normalized.data(), whole.data(), on);
+      masked_normalize_backward(in, keep_mean, whole.data(), down.data(), of_x.data(), on);
+    }
+  }
+}
+
 template <class T>
 void everything(RunOn on) {
   for (std::int64_t vocab : {1, 2, 3, 15, 16, 17, 127, 1023, 1025, 5000}) rows<T>(2, 3, vocab, on);
@@ -149,7 +223,14 @@ void everything(RunOn on) {
       sequences<T>({0, 1, 15, 16, 17, 0, 513, 600}, packed, kind % 2 == 0, static_cast<KlKind>(kind), whiten, on);
     }
     sequences<T>(std::vector<std::int64_t>(300, 333), packed, true, KlKind::kK1, Whiten::kBiased, on);
+    losses<T>({0, 1, 15, 16, 17, 0, 513, 600}, packed, on);
+    losses<T>(std::vector<std::int64_t>(300, 333), packed, on);
   }
+  for (std::int64_t length : {1, 2, 16, 511, 513, 100003}) moments<T>(1, length, 1, on);
+  moments<T>(3, 700, 5, on);
+  moments<T>(1, 40, 1031, on);
+  moments<T>(200, 513, 1, on);
+  moments<T>(2, 0, 3, on);
 }
 
 }  // namespace
