@@ -117,6 +117,20 @@ class Checker:
         if value is not None:
             self.number(name, value, above=above)
 
+    def optional_count(self, name: str, value: object) -> None:
+        """`value` is None or a whole number of at least 1."""
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            self.fail(name, f"is a {type(value).__name__}", "a whole number or None", TypeError)
+        if value < 1:
+            self.fail(name, f"is {value}", "at least 1")
+
+    def optional_flag(self, name: str, value: object) -> None:
+        """`value` is None or a bool."""
+        if value is not None:
+            self.flag(name, value)
+
     def flag(self, name: str, value: object) -> None:
         """`value` is a bool."""
         if not isinstance(value, bool):

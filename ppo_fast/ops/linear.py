@@ -48,6 +48,11 @@ def _check_ref_head(
     check.finite(None, ref_weight=ref_weight, ref_bias=ref_bias)
 
 
+def _check_chunks(check: Checker, chunk_rows: int | None, compact: bool | None) -> None:
+    check.optional_count("chunk_rows", chunk_rows)
+    check.optional_flag("compact", compact)
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -57,6 +62,8 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label straight from the hidden state, in nats.
@@ -71,7 +78,11 @@ def linear_logprobs(
         temperature: a float above 0, or a tensor [...], one a row; it gets no gradient.
         softcap: s > 0, or None for no cap.
         return_entropy: also return the entropy [...] of each row.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         logprobs [...], or (logprobs, entropy); float32 (float64 for float64), differentiable in `hidden`,
@@ -90,16 +101,21 @@ def linear_logprobs(
     check.temperature(temperature, hidden.shape[:-1])
     check.flag("return_entropy", return_entropy)
     check.finite(None, hidden=hidden)
-    dispatch.resolve("linear_logprobs", impl, hidden)
-    return reference.linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        return_entropy=return_entropy,
-    )
+    _check_chunks(check, chunk_rows, compact)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "return_entropy": return_entropy,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    runs = dispatch.resolve("linear_logprobs", impl, hidden, weight, bias)
+    if runs == "reference":
+        return reference.linear_logprobs(hidden, weight, labels, **options)
+    from ppo_fast.ops import fused_linear_logprobs
+
+    return fused_linear_logprobs.linear_logprobs(hidden, weight, labels, impl=runs, **options)
 
 
 def linear_kl(
@@ -112,6 +128,8 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Exact KL(pi || ref) of each row from the hidden states of both models, in nats.
@@ -123,7 +141,11 @@ def linear_kl(
         ref_hidden, ref_weight, ref_bias: the reference: [..., D'], [V, D'], [V] or None; no gradient.
         softcap: s > 0 of both heads, z = s tanh(z / s); None for no cap.
         temperature: of both; a float above 0, or a tensor [...], one a row; it gets no gradient.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         [...], float32 (float64 for float64), differentiable in `hidden`, `weight` and `bias`.
@@ -139,17 +161,22 @@ def linear_kl(
     _check_ref_head(check, hidden.shape[:-1], vocab, ref_hidden, ref_weight, ref_bias)
     check.temperature(temperature, hidden.shape[:-1])
     check.finite(None, hidden=hidden, ref_hidden=ref_hidden)
-    dispatch.resolve("linear_kl", impl, hidden)
-    return reference.linear_kl(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        bias=bias,
-        ref_bias=ref_bias,
-        softcap=softcap,
-        temperature=temperature,
-    )
+    _check_chunks(check, chunk_rows, compact)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "ref_bias": ref_bias,
+        "softcap": softcap,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    heads = (hidden, weight, ref_hidden, ref_weight)
+    runs = dispatch.resolve("linear_kl", impl, *heads, bias, ref_bias)
+    if runs == "reference":
+        return reference.linear_kl(*heads, **options)
+    from ppo_fast.ops import fused_linear_kl
+
+    return fused_linear_kl.linear_kl(*heads, impl=runs, **options)
 
 
 def linear_policy_loss(
@@ -174,6 +201,8 @@ def linear_policy_loss(
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
     impl: Impl = "auto",
 ) -> PolicyLoss:
     """`policy_loss_from_logits` of z = hidden @ weight.T + bias, softcapped if asked for.
@@ -188,7 +217,11 @@ def linear_policy_loss(
             the first two come together and are needed unless `kl_coef` is 0; they get no gradient.
         old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, entropy_coef, kl_coef, temperature,
             reduction, normalizer, log_ratio_clamp: as in `policy_loss_from_logits`.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        impl: auto, reference, cpu, triton, or without `ref_hidden` cuda.
 
     Returns:
         PolicyLoss; only its loss is differentiable, in `hidden`, `weight` and `bias`.
@@ -214,21 +247,27 @@ def linear_policy_loss(
     if kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
         _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
     check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
-    dispatch.resolve("linear_policy_loss", impl, hidden)
-    return reference.linear_policy_loss(
-        hidden,
-        weight,
-        labels,
-        old_logprobs,
-        advantages,
-        mask,
-        bias=bias,
-        softcap=softcap,
-        entropy_coef=entropy_coef,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        kl_coef=kl_coef,
-        temperature=temperature,
-        **surrogate,
+    _check_chunks(check, chunk_rows, compact)
+    tokens_of = (hidden, weight, labels, old_logprobs, advantages, mask)
+    surrogate |= {
+        "bias": bias,
+        "softcap": softcap,
+        "entropy_coef": entropy_coef,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "kl_coef": kl_coef,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    runs = dispatch.resolve(
+        "linear_policy_loss", impl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
+    if runs == "cuda" and ref_hidden is not None:
+        check.fail("impl", "is 'cuda', which has no exact KL", "'triton', since `ref_hidden` is given")
+    if runs == "reference":
+        return reference.linear_policy_loss(*tokens_of, **surrogate)
+    from ppo_fast.ops import fused_linear_policy
+
+    return fused_linear_policy.linear_policy_loss(*tokens_of, impl=runs, **surrogate)

@@ -26,6 +26,8 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label straight from the hidden state: log softmax(z / tau)[label], in nats.
 
@@ -39,6 +41,7 @@ def linear_logprobs(
         temperature: tau > 0, a float or a tensor [...]; it gets no gradient.
         softcap: s > 0, or None for no cap.
         return_entropy: also return H(p) [...].
+        chunk_rows, compact: matters of memory and time; here they are not used.
 
     Returns:
         logprobs [...], or (logprobs, entropy); float32 (float64 for float64). Differentiable in hidden,
@@ -61,6 +64,8 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
 ) -> Tensor:
     """Exact KL(pi || ref) of each row from the hidden states of both models, in nats.
 
@@ -69,6 +74,7 @@ def linear_kl(
         ref_hidden, ref_weight, ref_bias: reference: [..., D'], [V, D'], [V] or None; they get no gradient.
         softcap: s > 0 of both heads, or None.
         temperature: tau > 0 of both, a float or a tensor [...]; it gets no gradient.
+        chunk_rows, compact: matters of memory and time; here they are not used.
 
     Returns:
         [...] float32 (float64 for float64); see `kl_from_logits`.
@@ -101,6 +107,8 @@ def linear_policy_loss(
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
 ) -> PolicyLoss:
     """`policy_loss_from_logits` of z = h W^T + b (softcapped), without the caller ever holding the logits.
 
@@ -112,6 +120,7 @@ def linear_policy_loss(
         ref_hidden, ref_weight, ref_bias: the reference's [B, T, D'], [V, D'], [V] or None, for the KL term;
             they get no gradient.
         labels, old_logprobs, advantages, mask, and the rest: as in `policy_loss_from_logits`.
+        chunk_rows, compact: matters of memory and time; here they are not used.
 
     Returns:
         PolicyLoss; the loss is differentiable in hidden, weight and bias.

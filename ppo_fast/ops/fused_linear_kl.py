@@ -1,0 +1,218 @@
+"""Exact KL of two heads from the hidden states of both: a chunk of either's logits at a time, and no more.
+
+The forward keeps five numbers of a row; the backward makes both chunks anew and puts the gradient over the policy's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.fused_estimate import coefficient_dtype, scalar, widest
+from ppo_fast.ops.fused_kl import STATE, kl_rows
+from ppo_fast.ops.fused_linear_logprobs import fake_gradients, row_state
+from ppo_fast.ops.fused_policy_rows import gradient_of_rows
+from ppo_fast.ops.linear_chunks import (
+    Chunks,
+    Head,
+    HeadGradients,
+    common_dtype,
+    logits_buffer,
+    rows_of_a_chunk,
+)
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    temperature: float | Tensor,
+    chunk_rows: int | None,
+    compact: bool | None,
+    impl: str,
+) -> Tensor:
+    """Run `ppo_fast.linear_kl` on `impl`."""
+    kl, _ = linear_kl_rows(
+        hidden,
+        weight,
+        bias,
+        *(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias)),
+        scalar(temperature, hidden.device, impl),
+        softcap or 0.0,
+        chunk_rows or 0,
+        hidden.device.type == "cpu" if compact is None else compact,
+        impl,
+    )
+    return kl
+
+
+class _Pair:
+    """Chunks of the chosen rows of both models, and the buffers of their logits."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        ref_hidden: Tensor,
+        ref_head: Head,
+        chunk_rows: int,
+        chosen: Tensor | None,
+    ) -> None:
+        dtypes = common_dtype(hidden, head, ref_hidden, ref_head)
+        vocab = len(head.weight)
+        count = hidden.shape[:-1].numel() if chosen is None else len(chosen)
+        row_bytes = vocab * sum(dtype.itemsize for dtype in dtypes)
+        size = rows_of_a_chunk(count, head.weight, row_bytes, chunk_rows)
+        self.chosen = chosen
+        self.heads = [one.in_dtype(dtype) for one, dtype in zip((head, ref_head), dtypes, strict=True)]
+        self.chunks, self.ref_chunks = (
+            Chunks(x.reshape(-1, x.shape[-1]), dtype, size, chosen)
+            for x, dtype in zip((hidden, ref_hidden), dtypes, strict=True)
+        )
+        self.buffers = [logits_buffer(min(count, 1) * size, vocab, dtype, hidden.device) for dtype in dtypes]
+
+    def project(self, x: Tensor, rows: slice) -> list[Tensor]:
+        """Logits of both, of the rows alone that the chunk has."""
+        self.heads[0].logits(x, self.buffers[0])
+        self.heads[1].logits(self.ref_chunks.of(rows), self.buffers[1])
+        return [buffer[: rows.stop - rows.start] for buffer in self.buffers]
+
+
+@torch.library.custom_op("ppo_fast::linear_kl_rows", mutates_args=())
+def linear_kl_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(KL [...], state [N, 9 or 5], which the backward needs)."""
+    head, ref_head = Head(weight, bias, softcap), Head(ref_weight, ref_bias, softcap)
+    pair = _Pair(hidden, head, ref_hidden, ref_head, chunk_rows, None)
+    count = hidden.shape[:-1].numel()
+    kl = hidden.new_empty(count, dtype=widest(hidden, weight, ref_hidden, ref_weight))
+    state = hidden.new_empty((count, STATE[impl]), dtype=coefficient_dtype(impl))
+    taus = temperature.flatten()
+    for chunk in pair.chunks:
+        rows = chunk.rows
+        tau = taus[rows] if temperature.dim() else temperature
+        kl[rows], state[rows] = kl_rows(*pair.project(chunk.x, rows), tau, impl)
+    return kl.view(hidden.shape[:-1]), state
+
+
+@linear_kl_rows.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    kl = hidden.new_empty(hidden.shape[:-1], dtype=widest(hidden, weight, ref_hidden, ref_weight))
+    return kl, hidden.new_empty((kl.numel(), STATE[impl]), dtype=coefficient_dtype(impl))
+
+
+def _gradient_state(state: Tensor, grad_kl: Tensor, vocab: int, impl: str) -> Tensor:
+    """The rows' state for the launch of the gradient, from what the launch of the KL wrote."""
+    none = torch.zeros_like(grad_kl)
+    if impl == "cpu":
+        stats, ref_stats = state[:, :3], state[:, 3:6]
+    else:  # without E_p[d], which an entropy alone would need
+        stats, ref_stats = torch.stack((state[:, 0], state[:, 1], none), dim=1), state[:, 2:5]
+    return row_state(stats, none.long(), vocab, impl, none, none, grad_kl, ref_stats)
+
+
+@torch.library.custom_op("ppo_fast::linear_kl_rows_backward", mutates_args=())
+def linear_kl_rows_backward(
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    state: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    learns: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias, in their dtypes; empty where not wanted."""
+    down = grad_kl.flatten().to(state.dtype)
+    chosen = (down != 0).nonzero().squeeze(1) if compact else None
+    head, ref_head = Head(weight, bias, softcap), Head(ref_weight, ref_bias, softcap)
+    pair = _Pair(hidden, head, ref_hidden, ref_head, chunk_rows, chosen)
+    gradients = HeadGradients(pair.chunks.hidden, pair.heads[0], *learns)
+    taus = temperature.flatten()
+    one = torch.ones((), dtype=state.dtype, device=state.device)
+    for chunk in pair.chunks:
+        own, ref = pair.project(chunk.x, chunk.rows)
+        where = chunk.rows if chosen is None else chosen[chunk.rows]
+        tau = taus[where] if temperature.dim() else temperature
+        rows = _gradient_state(state[where], down[where], len(weight), impl)
+        any_label = torch.zeros(chunk.count, dtype=torch.int64, device=own.device)
+        grad = gradient_of_rows(one, own, any_label, tau, ref, rows, impl, inplace=not softcap)
+        if softcap:
+            pair.heads[0].uncap(grad, own)
+        gradients.add(grad, chunk.x[: chunk.count], where)
+    of_hidden, of_weight, of_bias = gradients.results(weight, bias, pair.chunks.hidden)
+    shaped = of_hidden.to(hidden.dtype).view(hidden.shape) if learns[0] else of_hidden
+    return shaped, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
+
+
+@linear_kl_rows_backward.register_fake
+def _(
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    state: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    learns: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, learns)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softcap, ctx.chunk_rows, ctx.compact, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_kl: Tensor | None, _grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_kl is None:
+        return (None,) * 11
+    learns = list(ctx.needs_input_grad[:3])
+    grads = linear_kl_rows_backward(
+        grad_kl, *ctx.saved_tensors, ctx.softcap, ctx.chunk_rows, ctx.compact, learns, ctx.impl
+    )
+    return *(grad if wanted else None for grad, wanted in zip(grads, learns, strict=True)), *(None,) * 8
+
+
+linear_kl_rows.register_autograd(_backward, setup_context=_save)
