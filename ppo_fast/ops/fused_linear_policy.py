@@ -13,7 +13,13 @@ from torch import Tensor
 from ppo_fast.ops.backends import comparable
 from ppo_fast.ops.fused_estimate import as_bytes, scalar, widest
 from ppo_fast.ops.fused_policy import contiguous, pack_coefficients
-from ppo_fast.ops.fused_policy_rows import LOGITS_STATS, gradient_of_rows, launch_rows, token_launchers
+from ppo_fast.ops.fused_policy_rows import (
+    LOGITS_STATS,
+    RowNumbers,
+    gradient_of_rows,
+    launch_rows,
+    token_launchers,
+)
 from ppo_fast.ops.linear_chunks import (
     Chunk,
     Chunks,
@@ -78,25 +84,24 @@ def linear_policy_loss(
 
 
 class _Rows:
-    """What a launch reads of each row that takes part: label, old logprob, advantage, weight, temperature."""
+    """What a launch reads of each row that takes part; a temperature may be one for all."""
 
-    def __init__(self, numbers: tuple[Tensor, ...], temperature: Tensor, chosen: Tensor | None) -> None:
-        each = [x.flatten() for x in (*numbers, temperature)]
-        self.columns = each if chosen is None else [x[chosen] if x.numel() > 1 else x for x in each]
-        if temperature.dim() == 0:
-            self.columns[-1] = temperature
+    def __init__(self, numbers: RowNumbers, chosen: Tensor | None) -> None:
+        each = [x.flatten() if x.dim() else x for x in numbers]
+        self.columns = each if chosen is None else [x[chosen] if x.dim() else x for x in each]
 
-    def of(self, rows: slice) -> tuple[Tensor, ...]:
+    def of(self, rows: slice) -> RowNumbers:
         """Those of some rows."""
-        *numbers, temperature = self.columns
-        return *(x[rows] for x in numbers), temperature[rows] if temperature.dim() else temperature
+        labels, old_logprobs, advantages, weights, temperature = self.columns
+        some = temperature[rows] if temperature.dim() else temperature
+        return labels[rows], old_logprobs[rows], advantages[rows], weights[rows], some
 
 
 def _unit(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
     """A power of two near the largest weight of a token; None where the gradient needs none.
 
-    In float16 a gradient of 1 / tokens times a probability would vanish before the caller's loss scale reaches it: it is
-    made without that factor, which the sums in float32 then get.
+    In float16 a gradient of 1 / tokens times a probability would vanish before the caller's loss scale reaches it: it
+    is made without that factor, which the sums in float32 then get.
     """
     if dtype != torch.float16 or weights.numel() == 0:
         return None
@@ -160,7 +165,7 @@ class _Run:
         gradients: HeadGradients,
         chunk: Chunk,
         logits: tuple[Tensor, Tensor | None],
-        rows: tuple[Tensor, ...],
+        rows: RowNumbers,
         state: Tensor,
         impl: str,
         *,
@@ -216,7 +221,7 @@ def _run(
     unit = _unit(weights, run.logits.dtype)
     if unit is not None:
         weights = weights / unit
-    rows = _Rows((labels, old_logprobs, advantages, weights), temperature, run.chosen)
+    rows = _Rows((labels, old_logprobs, advantages, weights, temperature), run.chosen)
     gradients = HeadGradients(rows_of, run.head, *learns)
     skip = compact and not bool((coefficients[TERMS] != 0).any())
     inplace = gradients.wanted and not skip and not softcap
@@ -269,11 +274,12 @@ def linear_policy_rows(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logprobs, entropy, stats [6], gradients of hidden, weight and bias; empty where not learnt)."""
-    *results, held = _run(
+    loss, logprobs, entropy, stats, held = _run(
         hidden, weight, bias, labels, old_logprobs, advantages, mask, temperature, ref_hidden, ref_weight,
         ref_bias, coefficients, normalizer, softcap, reduction, chunk_rows, compact, learns, impl,
     )  # fmt: skip
-    return *results, *held
+    of_hidden, of_weight, of_bias = held
+    return loss, logprobs, entropy, stats, of_hidden, of_weight, of_bias
 
 
 @linear_policy_rows.register_fake
@@ -353,14 +359,14 @@ class _GradientsInForward(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *outputs, held = _run(hidden, weight, bias, *arguments)
+        loss, logprobs, entropy, stats, held = _run(hidden, weight, bias, *arguments)
         ctx.learns, ctx.dtypes = (
             arguments[-2],
             [None if x is None else x.dtype for x in (hidden, weight, bias)],
         )
         ctx.save_for_backward(*held)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+        ctx.mark_non_differentiable(logprobs, entropy, stats)
+        return loss, logprobs, entropy, stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,9 @@ from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 from ppo_fast.records import PolicyLoss
 
 LOGITS_STATS = (*TOKEN_STATS, "entropy", "kl")
+RowNumbers = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]  # label, old logprob, advantage, weight, temperature
 STATE = {"cpu": native_rows.POLICY_STATE, "triton": 7, "cuda": 7}  # numbers of a row
 
 
@@ -105,7 +108,7 @@ def _row_launchers(impl: str) -> ModuleType:
 def launch_rows(
     logits: Tensor,
     ref_logits: Tensor | None,
-    numbers: tuple[Tensor, ...],
+    numbers: RowNumbers,
     coefficients: Tensor,
     impl: str,
     *,
@@ -113,7 +116,7 @@ def launch_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Logprobs, entropy, KL (None without a reference) and the state of each row, or None `inplace`.
 
-    `numbers` of a row: label, old logprob, advantage, weight in the loss (-inf: it does not count), temperature.
+    The weight of a row, in the loss, is -inf where it does not count.
     """
     if impl == "cpu":
         rows, ref_rows = rows_of_one_arithmetic(logits, ref_logits)

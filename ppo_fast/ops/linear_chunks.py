@@ -30,8 +30,8 @@ def free_bytes(device: torch.device) -> int:
 def rows_of_a_chunk(rows: int, weight: Tensor, row_bytes: int, chunk_rows: int) -> int:
     """`chunk_rows` itself, or for 0 what memory allows, so that the last chunk is nearly as long as the others.
 
-    `row_bytes` is what a row of the buffer takes, `weight` the head: each chunk reads and writes its gradient once more,
-    so on a CPU a quarter of what that takes is well spent on the buffer.
+    `row_bytes` is what a row of the buffer takes, `weight` the head: each chunk reads and writes its gradient once
+    more, so on a CPU a quarter of what that takes is well spent on the buffer.
     """
     if chunk_rows:
         return chunk_rows
