@@ -19,6 +19,7 @@ from ppo_fast.ops.linear_chunks import (
     common_dtype,
     logits_buffer,
     rows_of_a_chunk,
+    size_of,
 )
 
 
@@ -67,7 +68,7 @@ class _Pair:
         vocab = len(head.weight)
         count = hidden.shape[:-1].numel() if chosen is None else len(chosen)
         row_bytes = vocab * sum(dtype.itemsize for dtype in dtypes)
-        size = rows_of_a_chunk(count, head.weight, row_bytes, chunk_rows)
+        size = rows_of_a_chunk(count, size_of(head.weight), row_bytes, hidden.device, chunk_rows)
         self.chosen = chosen
         self.heads = [one.in_dtype(dtype) for one, dtype in zip((head, ref_head), dtypes, strict=True)]
         self.chunks, self.ref_chunks = (

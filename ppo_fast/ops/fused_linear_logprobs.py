@@ -18,6 +18,7 @@ from ppo_fast.ops.linear_chunks import (
     HeadGradients,
     logits_buffer,
     rows_of_a_chunk,
+    size_of,
 )
 
 STATS = 3  # numbers of a row: max x, sum e^d, E_p[d]
@@ -63,7 +64,7 @@ def _start(
     dtype, vocab = torch.promote_types(hidden.dtype, weight.dtype), len(weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
     count = len(rows) if chosen is None else len(chosen)
-    size = rows_of_a_chunk(count, weight, vocab * dtype.itemsize, chunk_rows)
+    size = rows_of_a_chunk(count, size_of(weight), vocab * dtype.itemsize, hidden.device, chunk_rows)
     head = Head(weight, bias, softcap).in_dtype(dtype)
     return (
         head,

@@ -30,6 +30,7 @@ from ppo_fast.ops.linear_chunks import (
     keep_rows,
     logits_buffer,
     rows_of_a_chunk,
+    size_of,
 )
 from ppo_fast.records import PolicyLoss
 
@@ -130,7 +131,7 @@ class _Run:
         unread = None if compact else counted
         count = len(counted) if self.chosen is None else len(self.chosen)
         itemsize = dtype.itemsize + (0 if ref_head is None else ref_dtype.itemsize)
-        size = rows_of_a_chunk(count, head.weight, vocab * itemsize, chunk_rows)
+        size = rows_of_a_chunk(count, size_of(head.weight), vocab * itemsize, device, chunk_rows)
         self.chunks = Chunks(hidden, dtype, size, self.chosen, unread)
         self.logits = logits_buffer(size if count else 0, vocab, dtype, device)
         self.ref_head = None

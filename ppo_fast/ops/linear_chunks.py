@@ -27,19 +27,19 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def rows_of_a_chunk(rows: int, weight: Tensor, row_bytes: int, chunk_rows: int) -> int:
+def rows_of_a_chunk(rows: int, head_bytes: int, row_bytes: int, device: torch.device, chunk_rows: int) -> int:
     """`chunk_rows` itself, or for 0 what memory allows, so that the last chunk is nearly as long as the others.
 
-    `row_bytes` is what a row of the buffer takes, `weight` the head: each chunk reads and writes its gradient once
-    more, so on a CPU a quarter of what that takes is well spent on the buffer.
+    A row of the buffer takes `row_bytes`, the head `head_bytes`: each chunk reads and writes its gradient once more, so
+    on a CPU a quarter of what that takes is well spent on the buffer.
     """
     if chunk_rows:
         return chunk_rows
-    most = free_bytes(weight.device) // SHARE_OF_FREE // row_bytes
-    if weight.is_cuda:
+    most = free_bytes(device) // SHARE_OF_FREE // row_bytes
+    if device.type == "cuda":
         most = min(most, GPU_CHUNK_ROWS)
     else:
-        most = min(most, max(CPU_CHUNK_BYTES, weight.numel() * weight.itemsize // 4) // row_bytes)
+        most = min(most, max(CPU_CHUNK_BYTES, head_bytes // 4) // row_bytes)
     most = max(ROW_STEP, most // ROW_STEP * ROW_STEP)
     pieces = max(1, -(-rows // most))
     return max(ROW_STEP, -(-rows // (pieces * ROW_STEP)) * ROW_STEP)
@@ -78,6 +78,11 @@ class Head:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of its elements."""
+    return tensor.numel() * tensor.itemsize
 
 
 def _blocks(count: int, size: int) -> list[slice]:

@@ -257,16 +257,16 @@ def test_the_logits_are_never_whole(softcap: float | None) -> None:
 
 
 def test_chunks_are_sized_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.empty(50_000, 8, device="meta")
     free = 8 * 2**30
     monkeypatch.setattr(linear_chunks, "free_bytes", lambda device: free)
 
-    def rows(count: int, chunk_rows: int = 0) -> int:
-        return linear_chunks.rows_of_a_chunk(count, weight, 200_000, chunk_rows)
+    def rows(count: int, chunk_rows: int = 0, head_bytes: int = 0) -> int:
+        return linear_chunks.rows_of_a_chunk(count, head_bytes, 200_000, torch.device("cpu"), chunk_rows)
 
     assert rows(10_000, 77) == 77
     assert rows(100_000) == 656  # the most that 128 MiB hold, in sixteens: 656, and 153 chunks of it
     assert rows(700) == 352  # two nearly equal ones
+    assert rows(100_000, head_bytes=2**30) == 1328  # of a head so large a quarter: 1342 rows
     assert rows(3) == 16
     assert rows(0) == 16
     free = 200_000 * 8 * 40  # an eighth of it is 40 rows
