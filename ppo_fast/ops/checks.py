@@ -180,13 +180,13 @@ class Checker:
             self.optional_number("normalizer", value)
 
     def labels(
-        self, labels: Tensor, shape: Sequence[int], why: str, vocab: int, mask: Tensor | None = None
+        self, labels: Tensor, shape: Sequence[int], why: str, vocab: int | None, mask: Tensor | None = None
     ) -> None:
-        """int64 of `shape`; inside [0, vocab) where the mask counts, if the values may be read."""
+        """int64 of `shape`; inside [0, vocab), if that is known, where the mask counts, if values may be read."""
         self._placed("labels", labels, shape, why)
         if labels.dtype != torch.int64:
             self.fail("labels", f"has dtype {labels.dtype}", "torch.int64", TypeError)
-        if _readable(labels):
+        if vocab is not None and _readable(labels):
             good = (labels >= 0) & (labels < vocab)
             self._all("labels", good if mask is None else good | (mask == 0), labels, f"in [0, {vocab})")
 

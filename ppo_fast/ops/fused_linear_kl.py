@@ -3,14 +3,16 @@
 The forward keeps five numbers of a row; the backward makes both chunks anew and puts the gradient over the policy's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.fused_estimate import coefficient_dtype, scalar, widest
 from ppo_fast.ops.fused_kl import STATE, kl_rows
-from ppo_fast.ops.fused_linear_logprobs import fake_gradients, row_state
+from ppo_fast.ops.fused_linear_logprobs import fake_gradients
 from ppo_fast.ops.fused_policy_rows import gradient_of_rows
 from ppo_fast.ops.linear_chunks import (
     Chunks,
@@ -18,9 +20,11 @@ from ppo_fast.ops.linear_chunks import (
     HeadGradients,
     common_dtype,
     logits_buffer,
+    row_state,
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.vocab_parallel import ELSEWHERE, Slice, agreed_chunk_rows
 
 
 def linear_kl(
@@ -35,21 +39,22 @@ def linear_kl(
     temperature: float | Tensor,
     chunk_rows: int | None,
     compact: bool | None,
+    shard: Slice | None,
     impl: str,
 ) -> Tensor:
-    """Run `ppo_fast.linear_kl` on `impl`."""
-    kl, _ = linear_kl_rows(
+    """Run `ppo_fast.linear_kl` on `impl`; `shard` says which slice of the vocabulary the heads are."""
+    tensors = (
         hidden,
         weight,
         bias,
         *(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias)),
         scalar(temperature, hidden.device, impl),
-        softcap or 0.0,
-        chunk_rows or 0,
-        hidden.device.type == "cpu" if compact is None else compact,
-        impl,
     )
-    return kl
+    compact = hidden.device.type == "cpu" if compact is None else compact
+    options = (softcap or 0.0, chunk_rows or 0, compact, impl)
+    return (
+        linear_kl_rows(*tensors, *options)[0] if shard is None else _Sharded.apply(*tensors, options, shard)
+    )
 
 
 class _Pair:
@@ -130,14 +135,57 @@ def _(
     return kl, hidden.new_empty((kl.numel(), STATE[impl]), dtype=coefficient_dtype(impl))
 
 
-def _gradient_state(state: Tensor, grad_kl: Tensor, vocab: int, impl: str) -> Tensor:
+def _gradient_state(state: Tensor, grad_kl: Tensor, impl: str) -> Tensor:
     """The rows' state for the launch of the gradient, from what the launch of the KL wrote."""
     none = torch.zeros_like(grad_kl)
     if impl == "cpu":
         stats, ref_stats = state[:, :3], state[:, 3:6]
     else:  # without E_p[d], which an entropy alone would need
         stats, ref_stats = torch.stack((state[:, 0], state[:, 1], none), dim=1), state[:, 2:5]
-    return row_state(stats, none.long(), vocab, impl, none, none, grad_kl, ref_stats)
+    return row_state(stats, impl, none, none, grad_kl, ref_stats)
+
+
+def _gradients(
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    temperature: Tensor,
+    state_of: Callable[[slice | Tensor, Tensor], Tensor],
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    learns: list[bool],
+    impl: str,
+    *,
+    shard: Slice | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_kl_rows_backward`; `state_of` some rows and what comes down on them is what a launch reads."""
+    down = grad_kl.flatten().to(coefficient_dtype(impl))
+    chosen = (down != 0).nonzero().squeeze(1) if compact else None
+    head, ref_head = Head(weight, bias, softcap), Head(ref_weight, ref_bias, softcap)
+    pair = _Pair(hidden, head, ref_hidden, ref_head, chunk_rows, chosen)
+    gradients = HeadGradients(pair.chunks.hidden, pair.heads[0], *learns, shared=shard is not None)
+    taus = temperature.flatten()
+    one = torch.ones((), dtype=down.dtype, device=down.device)
+    for chunk in pair.chunks:
+        own, ref = pair.project(chunk.x, chunk.rows)
+        where = chunk.rows if chosen is None else chosen[chunk.rows]
+        tau = taus[where] if temperature.dim() else temperature
+        rows = state_of(where, down[where])
+        any_label = torch.zeros(chunk.count, dtype=torch.int64, device=own.device)
+        grad = gradient_of_rows(one, own, any_label, tau, ref, rows, impl, inplace=not softcap)
+        if softcap:
+            pair.heads[0].uncap(grad, own)
+        gradients.add(grad, chunk.x[: chunk.count], where)
+    if shard is not None and gradients.hidden is not None:
+        shard.summed(gradients.hidden)
+    of_hidden, of_weight, of_bias = gradients.results(weight, bias, pair.chunks.hidden)
+    shaped = of_hidden.to(hidden.dtype).view(hidden.shape) if learns[0] else of_hidden
+    return shaped, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
 
 
 @torch.library.custom_op("ppo_fast::linear_kl_rows_backward", mutates_args=())
@@ -158,26 +206,11 @@ def linear_kl_rows_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, in their dtypes; empty where not wanted."""
-    down = grad_kl.flatten().to(state.dtype)
-    chosen = (down != 0).nonzero().squeeze(1) if compact else None
-    head, ref_head = Head(weight, bias, softcap), Head(ref_weight, ref_bias, softcap)
-    pair = _Pair(hidden, head, ref_hidden, ref_head, chunk_rows, chosen)
-    gradients = HeadGradients(pair.chunks.hidden, pair.heads[0], *learns)
-    taus = temperature.flatten()
-    one = torch.ones((), dtype=state.dtype, device=state.device)
-    for chunk in pair.chunks:
-        own, ref = pair.project(chunk.x, chunk.rows)
-        where = chunk.rows if chosen is None else chosen[chunk.rows]
-        tau = taus[where] if temperature.dim() else temperature
-        rows = _gradient_state(state[where], down[where], len(weight), impl)
-        any_label = torch.zeros(chunk.count, dtype=torch.int64, device=own.device)
-        grad = gradient_of_rows(one, own, any_label, tau, ref, rows, impl, inplace=not softcap)
-        if softcap:
-            pair.heads[0].uncap(grad, own)
-        gradients.add(grad, chunk.x[: chunk.count], where)
-    of_hidden, of_weight, of_bias = gradients.results(weight, bias, pair.chunks.hidden)
-    shaped = of_hidden.to(hidden.dtype).view(hidden.shape) if learns[0] else of_hidden
-    return shaped, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
+    return _gradients(
+        grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
+        lambda where, down: _gradient_state(state[where], down, impl),
+        softcap, chunk_rows, compact, learns, impl,
+    )  # fmt: skip
 
 
 @linear_kl_rows_backward.register_fake
@@ -217,3 +250,56 @@ def _backward(ctx: Any, grad_kl: Tensor | None, _grad_state: Tensor | None) -> t
 
 
 linear_kl_rows.register_autograd(_backward, setup_context=_save)
+
+
+class _Sharded(torch.autograd.Function):
+    """The same of a slice of both vocabularies: one gather in the forward, one sum of a gradient in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        temperature: Tensor,
+        options: tuple[float, int, bool, str],
+        shard: Slice,
+    ) -> Tensor:
+        softcap, chunk_rows, _, impl = options
+        shape = hidden.shape[:-1]
+        head, ref_head = Head(weight, bias, softcap), Head(ref_weight, ref_bias, softcap)
+        size = chunk_rows or agreed_chunk_rows(shape.numel(), hidden.device)
+        pair = _Pair(hidden, head, ref_hidden, ref_head, size, None)
+        elsewhere = torch.full((shape.numel(),), ELSEWHERE, device=hidden.device)
+        partial = hidden.new_empty((shape.numel(), 7), dtype=coefficient_dtype(impl))
+        taus = temperature.flatten()
+        for chunk in pair.chunks:
+            rows = chunk.rows
+            tau = taus[rows] if temperature.dim() else temperature
+            own, ref = pair.project(chunk.x, rows)
+            partial[rows] = shard.partial(own, ref, elsewhere[rows], tau, impl)
+        stats = shard.merged(partial, elsewhere, taus if temperature.dim() else temperature)
+        tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature)
+        ctx.save_for_backward(*tensors, stats.own, stats.ref)
+        ctx.options, ctx.shard = options, shard
+        return stats.kl().to(widest(hidden, weight, ref_hidden, ref_weight)).view(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, own, ref = ctx.saved_tensors
+        learns = list(ctx.needs_input_grad[:3])
+        softcap, chunk_rows, compact, impl = ctx.options
+
+        def state_of(where: slice | Tensor, down: Tensor) -> Tensor:
+            none = torch.zeros_like(down)
+            return row_state(own[where], impl, none, none, down, ref[where])
+
+        grads = _gradients(
+            grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, state_of,
+            softcap, chunk_rows, compact, learns, impl, shard=ctx.shard,
+        )  # fmt: skip
+        return *(grad if wanted else None for grad, wanted in zip(grads, learns, strict=True)), *(None,) * 6

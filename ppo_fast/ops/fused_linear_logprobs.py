@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.fused_estimate import coefficient_dtype, scalar, widest
 from ppo_fast.ops.fused_logprob import logprob_entropy
@@ -17,9 +18,11 @@ from ppo_fast.ops.linear_chunks import (
     Head,
     HeadGradients,
     logits_buffer,
+    row_state,
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.vocab_parallel import NOWHERE, Slice, agreed_chunk_rows
 
 STATS = 3  # numbers of a row: max x, sum e^d, E_p[d]
 
@@ -35,20 +38,17 @@ def linear_logprobs(
     return_entropy: bool,
     chunk_rows: int | None,
     compact: bool | None,
+    shard: Slice | None,
     impl: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run `ppo_fast.linear_logprobs` on `impl`."""
-    logprobs, entropy, _ = linear_rows(
-        hidden,
-        weight,
-        bias,
-        labels,
-        scalar(temperature, hidden.device, impl),
-        softcap or 0.0,
-        chunk_rows or 0,
-        hidden.device.type == "cpu" if compact is None else compact,
-        impl,
-    )
+    """Run `ppo_fast.linear_logprobs` on `impl`; `shard` says which slice of the vocabulary the head is."""
+    tensors = (hidden, weight, bias, labels, scalar(temperature, hidden.device, impl))
+    compact = hidden.device.type == "cpu" if compact is None else compact
+    options = (softcap or 0.0, chunk_rows or 0, compact, impl)
+    if shard is None:
+        logprobs, entropy, _ = linear_rows(*tensors, *options)
+    else:
+        logprobs, entropy = _Sharded.apply(*tensors, options, shard)
     return (logprobs, entropy) if return_entropy else logprobs
 
 
@@ -124,33 +124,55 @@ def _(
     return logprobs, torch.empty_like(logprobs), stats
 
 
-def row_state(
-    stats: Tensor,
+def _gradients(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
-    vocab: int,
+    temperature: Tensor,
+    stats: Tensor,
+    softcap: float,
+    chunk_rows: int,
+    compact: bool,
+    learns: list[bool],
     impl: str,
-    g_logprob: Tensor,
-    g_entropy: Tensor,
-    g_kl: Tensor | None = None,
-    ref_stats: Tensor | None = None,
-) -> Tensor:
-    """What a launch of the gradient reads of each row, from its statistics and what comes down on it.
-
-    `stats` [n, 3] as above; `ref_stats` [n, 3]: max r, sum e^d_ref, E_p[d - d_ref]. On a GPU a label outside of [0,
-    vocab) makes the row NaN where something comes down on its log-probability.
-    """
-    top, total, mean = stats.unbind(1)
-    none = torch.zeros_like(top)
-    g_kl = none if g_kl is None else g_kl
-    ref_top, ref_total, mean_gap = (none, none + 1, none) if ref_stats is None else ref_stats.unbind(1)
-    if impl == "cpu":
-        return torch.stack(
-            (top, total, mean, ref_top, ref_total, mean_gap, g_logprob, g_entropy, g_kl), dim=1
-        )
-    lost = (g_logprob != 0) & ((labels < 0) | (labels >= vocab))
-    c = torch.where(lost, torch.nan, g_logprob)
-    a = torch.where(g_entropy == 0, 0.0, g_entropy * mean) - torch.where(g_kl == 0, 0.0, g_kl * mean_gap) - c
-    return torch.stack((top, 1 / total, ref_top, a, -g_entropy, c, g_kl), dim=1)
+    *,
+    shard: Slice | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    downs = [
+        torch.zeros(len(stats), dtype=stats.dtype, device=stats.device)
+        if g is None
+        else g.flatten().to(stats.dtype)
+        for g in (grad_logprobs, grad_entropy)
+    ]
+    flat, taus = labels.flatten(), temperature.flatten()
+    outside = (flat < 0) | (flat >= len(weight))
+    if shard is not None:
+        flat = shard.local(flat)
+        outside = flat == NOWHERE
+    if impl != "cpu":  # where a label outside of the vocabulary has not been refused, it makes its row NaN
+        downs[0] = downs[0].masked_fill(outside & (downs[0] != 0), torch.nan)
+    chosen = ((downs[0] != 0) | (downs[1] != 0)).nonzero().squeeze(1) if compact else None
+    head, chunks, logits = _start(hidden, weight, bias, softcap, chunk_rows, chosen)
+    gradients = HeadGradients(chunks.hidden, head, *learns, shared=shard is not None)
+    one = torch.ones((), dtype=stats.dtype, device=stats.device)
+    for chunk in chunks:
+        head.logits(chunk.x, logits)
+        where = chunk.rows if chosen is None else chosen[chunk.rows]
+        own, targets = logits[: chunk.count], flat[where]
+        tau = taus[where] if temperature.dim() else temperature
+        state = row_state(stats[where], impl, *(g[where] for g in downs))
+        grad = gradient_of_rows(one, own, targets, tau, None, state, impl, inplace=not softcap)
+        if softcap:
+            head.uncap(grad, own)
+        gradients.add(grad, chunk.x[: chunk.count], where)
+    if shard is not None and gradients.hidden is not None:
+        shard.summed(gradients.hidden)
+    of_hidden, of_weight, of_bias = gradients.results(weight, bias, chunks.hidden)
+    shaped = of_hidden.to(hidden.dtype).view(hidden.shape) if learns[0] else of_hidden
+    return shaped, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
 
 
 @torch.library.custom_op("ppo_fast::linear_rows_backward", mutates_args=())
@@ -170,30 +192,10 @@ def linear_rows_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, in their dtypes; empty where not wanted."""
-    downs = [
-        torch.zeros(len(stats), dtype=stats.dtype, device=stats.device)
-        if g is None
-        else g.flatten().to(stats.dtype)
-        for g in (grad_logprobs, grad_entropy)
-    ]
-    chosen = ((downs[0] != 0) | (downs[1] != 0)).nonzero().squeeze(1) if compact else None
-    head, chunks, logits = _start(hidden, weight, bias, softcap, chunk_rows, chosen)
-    gradients = HeadGradients(chunks.hidden, head, *learns)
-    flat, taus = labels.flatten(), temperature.flatten()
-    one = torch.ones((), dtype=stats.dtype, device=stats.device)
-    for chunk in chunks:
-        head.logits(chunk.x, logits)
-        where = chunk.rows if chosen is None else chosen[chunk.rows]
-        own, targets = logits[: chunk.count], flat[where]
-        tau = taus[where] if temperature.dim() else temperature
-        state = row_state(stats[where], targets, len(weight), impl, *(g[where] for g in downs))
-        grad = gradient_of_rows(one, own, targets, tau, None, state, impl, inplace=not softcap)
-        if softcap:
-            head.uncap(grad, own)
-        gradients.add(grad, chunk.x[: chunk.count], where)
-    of_hidden, of_weight, of_bias = gradients.results(weight, bias, chunks.hidden)
-    shaped = of_hidden.to(hidden.dtype).view(hidden.shape) if learns[0] else of_hidden
-    return shaped, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
+    return _gradients(
+        grad_logprobs, grad_entropy, hidden, weight, bias, labels, temperature, stats,
+        softcap, chunk_rows, compact, learns, impl,
+    )  # fmt: skip
 
 
 @linear_rows_backward.register_fake
@@ -252,3 +254,51 @@ def _backward(
 
 
 linear_rows.register_autograd(_backward, setup_context=_save)
+
+
+class _Sharded(torch.autograd.Function):
+    """The same of a slice of the vocabulary: one gather in the forward, one sum of a gradient in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: Tensor,
+        options: tuple[float, int, bool, str],
+        shard: Slice,
+    ) -> tuple[Tensor, Tensor]:
+        softcap, chunk_rows, _, impl = options
+        size = chunk_rows or agreed_chunk_rows(labels.numel(), hidden.device)
+        head, chunks, logits = _start(hidden, weight, bias, softcap, size, None)
+        local, taus = shard.local(labels.flatten()), temperature.flatten()
+        partial = hidden.new_empty((labels.numel(), STATS + 1), dtype=coefficient_dtype(impl))
+        for chunk in chunks:
+            head.logits(chunk.x, logits)
+            tau = taus[chunk.rows] if temperature.dim() else temperature
+            own = logits[: chunk.count]
+            partial[chunk.rows] = shard.partial(own, None, local[chunk.rows], tau, impl)
+        tau = taus if temperature.dim() else temperature
+        stats = shard.merged(partial, local, tau)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperature, stats.own)
+        ctx.options, ctx.shard = options, shard
+        ctx.set_materialize_grads(False)
+        wide = widest(hidden, weight)
+        logprobs, entropy = (x.to(wide).view(labels.shape) for x in (stats.logprobs(tau), stats.entropy()))
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        learns = list(ctx.needs_input_grad[:3])
+        softcap, chunk_rows, compact, impl = ctx.options
+        hidden, weight, bias, labels, temperature, stats = ctx.saved_tensors
+        grads = _gradients(
+            grad_logprobs, grad_entropy, hidden, weight, bias, labels, temperature, stats,
+            softcap, chunk_rows, compact, learns, impl, shard=ctx.shard,
+        )  # fmt: skip
+        return *(grad if wanted else None for grad, wanted in zip(grads, learns, strict=True)), *(None,) * 4

@@ -32,6 +32,7 @@ from ppo_fast.ops.linear_chunks import (
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.vocab_parallel import Slice, agreed_chunk_rows
 from ppo_fast.records import PolicyLoss
 
 TERMS = slice(4, 6)  # entropy_coef and kl_coef among the packed coefficients
@@ -54,10 +55,11 @@ def linear_policy_loss(
     reduction: str,
     chunk_rows: int | None,
     compact: bool | None,
+    shard: Slice | None,
     impl: str,
     **coefficients: Any,
 ) -> PolicyLoss:
-    """Run `ppo_fast.linear_policy_loss` on `impl`."""
+    """Run `ppo_fast.linear_policy_loss` on `impl`; `shard` says which slice of the vocabulary the heads are."""
     numbers, normalizer = pack_coefficients(hidden.device, impl=impl, **coefficients)
     learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     arguments = (
@@ -76,8 +78,8 @@ def linear_policy_loss(
         learns,
         impl,
     )
-    if any(learns) and not torch.compiler.is_compiling():
-        loss, logprobs, entropy, stats = _GradientsInForward.apply(hidden, weight, bias, arguments)
+    if shard is not None or (any(learns) and not torch.compiler.is_compiling()):
+        loss, logprobs, entropy, stats = _GradientsInForward.apply(hidden, weight, bias, arguments, shard)
     else:
         loss, logprobs, entropy, stats, *_ = linear_policy_rows(hidden, weight, bias, *arguments)
     named = dict(zip(LOGITS_STATS, stats.detach().unbind(), strict=True))
@@ -122,6 +124,7 @@ class _Run:
         counted: Tensor,
         chunk_rows: int,
         compact: bool,
+        shard: Slice | None,
     ) -> None:
         dtype, ref_dtype = common_dtype(hidden, head, ref_hidden, ref_head)
         vocab, device = len(head.weight), hidden.device
@@ -130,6 +133,8 @@ class _Run:
         self.compact = compact
         unread = None if compact else counted
         count = len(counted) if self.chosen is None else len(self.chosen)
+        if shard is not None:
+            chunk_rows = chunk_rows or agreed_chunk_rows(count, device)
         itemsize = dtype.itemsize + (0 if ref_head is None else ref_dtype.itemsize)
         size = rows_of_a_chunk(count, size_of(head.weight), vocab * itemsize, device, chunk_rows)
         self.chunks = Chunks(hidden, dtype, size, self.chosen, unread)
@@ -210,6 +215,8 @@ def _run(
     compact: bool,
     learns: list[bool],
     impl: str,
+    *,
+    shard: Slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, logprobs, entropy, stats, and the gradients of hidden states, weight and bias as they are held."""
     labels, old_logprobs, advantages, mask = contiguous(labels, old_logprobs, advantages, mask)
@@ -218,20 +225,24 @@ def _run(
     rows_of, head = hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, softcap)
     ref_head = None if ref_weight is None else Head(ref_weight, ref_bias, softcap)
     ref_rows = None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    run = _Run(rows_of, head, ref_rows, ref_head, (mask != 0).flatten(), chunk_rows, compact)
+    run = _Run(rows_of, head, ref_rows, ref_head, (mask != 0).flatten(), chunk_rows, compact, shard)
     unit = _unit(weights, run.logits.dtype)
     if unit is not None:
         weights = weights / unit
-    rows = _Rows((labels, old_logprobs, advantages, weights, temperature), run.chosen)
-    gradients = HeadGradients(rows_of, run.head, *learns)
+    targets = labels if shard is None else shard.local(labels)
+    rows = _Rows((targets, old_logprobs, advantages, weights, temperature), run.chosen)
+    gradients = HeadGradients(rows_of, run.head, *learns, shared=shard is not None)
     skip = compact and not bool((coefficients[TERMS] != 0).any())
-    inplace = gradients.wanted and not skip and not softcap
+    inplace = gradients.wanted and not skip and not softcap and shard is None
 
     parts: list[tuple[Tensor, ...]] = []
     for chunk in run.chunks:
         logits = run.project(chunk)
         numbers = rows.of(chunk.rows)
-        *results, state = launch_rows(*logits, numbers, coefficients, impl, inplace=inplace)
+        if shard is None:
+            *results, state = launch_rows(*logits, numbers, coefficients, impl, inplace=inplace)
+        else:
+            *results, state = shard.launch_rows(*logits, numbers, coefficients, impl)
         parts.append(tuple(x for x in results if x is not None))
         if state is None:
             gradients.add(logits[0], chunk.x[: chunk.count], run.places(chunk.rows, None))
@@ -246,6 +257,8 @@ def _run(
         logprobs, old_logprobs, advantages, mask, coefficients, normalizer, None,
         reduction=reduction, entropy=entropy, kl=None if ref_head is None else per_token[2],
     )  # fmt: skip
+    if shard is not None and gradients.hidden is not None:
+        shard.summed(gradients.hidden)
     held = gradients.results(weight, bias, rows_of, unit)
     if learns[0]:
         held[0] = held[0].view(hidden.shape)
@@ -358,9 +371,14 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        arguments: tuple[Any, ...],
+        shard: Slice | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, logprobs, entropy, stats, held = _run(hidden, weight, bias, *arguments)
+        loss, logprobs, entropy, stats, held = _run(hidden, weight, bias, *arguments, shard=shard)
         ctx.learns, ctx.dtypes = (
             arguments[-2],
             [None if x is None else x.dtype for x in (hidden, weight, bias)],
@@ -380,4 +398,4 @@ class _GradientsInForward(torch.autograd.Function):
             None if not wanted else (mine if as_it_is else mine * grad_loss).to(dtype)
             for mine, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.learns, strict=True)
         ]
-        return *grads, None
+        return *grads, None, None

@@ -1,9 +1,10 @@
 """Public ops in hidden space: from a model's last hidden state and its head, without handing over logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast import reference
 from ppo_fast.ops import dispatch
@@ -11,6 +12,9 @@ from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ops.losses import check_objective, check_policy
 from ppo_fast.records import PolicyLoss, Reduction
+
+if TYPE_CHECKING:
+    from ppo_fast.ops import vocab_parallel
 
 
 def _check_head(
@@ -53,6 +57,21 @@ def _check_chunks(check: Checker, chunk_rows: int | None, compact: bool | None) 
     check.optional_flag("compact", compact)
 
 
+def _vocabulary(
+    own: int, group: ProcessGroup | None, weight: Tensor
+) -> tuple[int | None, "vocab_parallel.Slice | None"]:
+    """How many tokens there are, and which of them this rank's rows of the head are.
+
+    None where the sizes of the other slices are on a GPU, whose host would have to wait for them.
+    """
+    if group is None:
+        return own, None
+    from ppo_fast.ops import vocab_parallel
+
+    shard = vocab_parallel.Slice(group, weight)
+    return (int(shard.total) if weight.device.type == "cpu" else None), shard
+
+
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -64,6 +83,7 @@ def linear_logprobs(
     return_entropy: bool = False,
     chunk_rows: int | None = None,
     compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label straight from the hidden state, in nats.
@@ -82,6 +102,9 @@ def linear_logprobs(
             a row's results have the same bits whatever rows stand round it.
         compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
             must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
         impl: auto, reference, cpu or triton.
 
     Returns:
@@ -96,7 +119,8 @@ def linear_logprobs(
     Source: softcap from Gemma 2 (arXiv 2408.00118), section 2.
     """
     check = Checker("linear_logprobs", "hidden", hidden)
-    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check.group(group)
+    vocab, shard = _vocabulary(_check_head(check, hidden, weight, bias, softcap), group, weight)
     check.labels(labels, hidden.shape[:-1], "hidden without its last axis", vocab)
     check.temperature(temperature, hidden.shape[:-1])
     check.flag("return_entropy", return_entropy)
@@ -112,10 +136,10 @@ def linear_logprobs(
     }
     runs = dispatch.resolve("linear_logprobs", impl, hidden, weight, bias)
     if runs == "reference":
-        return reference.linear_logprobs(hidden, weight, labels, **options)
+        return reference.linear_logprobs(hidden, weight, labels, group=group, **options)
     from ppo_fast.ops import fused_linear_logprobs
 
-    return fused_linear_logprobs.linear_logprobs(hidden, weight, labels, impl=runs, **options)
+    return fused_linear_logprobs.linear_logprobs(hidden, weight, labels, shard=shard, impl=runs, **options)
 
 
 def linear_kl(
@@ -130,6 +154,7 @@ def linear_kl(
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
     compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Exact KL(pi || ref) of each row from the hidden states of both models, in nats.
@@ -145,6 +170,9 @@ def linear_kl(
             a row's results have the same bits whatever rows stand round it.
         compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
             must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
         impl: auto, reference, cpu or triton.
 
     Returns:
@@ -157,6 +185,7 @@ def linear_kl(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
     """
     check = Checker("linear_kl", "hidden", hidden)
+    check.group(group)
     vocab = _check_head(check, hidden, weight, bias, softcap)
     _check_ref_head(check, hidden.shape[:-1], vocab, ref_hidden, ref_weight, ref_bias)
     check.temperature(temperature, hidden.shape[:-1])
@@ -173,10 +202,11 @@ def linear_kl(
     heads = (hidden, weight, ref_hidden, ref_weight)
     runs = dispatch.resolve("linear_kl", impl, *heads, bias, ref_bias)
     if runs == "reference":
-        return reference.linear_kl(*heads, **options)
+        return reference.linear_kl(*heads, group=group, **options)
     from ppo_fast.ops import fused_linear_kl
 
-    return fused_linear_kl.linear_kl(*heads, impl=runs, **options)
+    _, shard = _vocabulary(vocab, group, weight)
+    return fused_linear_kl.linear_kl(*heads, shard=shard, impl=runs, **options)
 
 
 def linear_policy_loss(
@@ -203,6 +233,7 @@ def linear_policy_loss(
     log_ratio_clamp: float | None = None,
     chunk_rows: int | None = None,
     compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> PolicyLoss:
     """`policy_loss_from_logits` of z = hidden @ weight.T + bias, softcapped if asked for.
@@ -221,6 +252,9 @@ def linear_policy_loss(
             a row's results have the same bits whatever rows stand round it.
         compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
             must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
         impl: auto, reference, cpu, triton, or without `ref_hidden` cuda.
 
     Returns:
@@ -233,7 +267,9 @@ def linear_policy_loss(
     """
     check = Checker("linear_policy_loss", "hidden", hidden, dims=3)
     rows = hidden.shape[:-1]
-    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check.group(group)
+    own = _check_head(check, hidden, weight, bias, softcap)
+    vocab, shard = _vocabulary(own, group, weight)
     surrogate: dict[str, Any] = {
         "clip_low": clip_low,
         "clip_high": clip_high,
@@ -245,7 +281,7 @@ def linear_policy_loss(
     check_policy(check, old_logprobs, advantages, mask, rows, **surrogate)
     check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
     if kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
-        _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
+        _check_ref_head(check, rows, own, ref_hidden, ref_weight, ref_bias)
     check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
     _check_chunks(check, chunk_rows, compact)
     tokens_of = (hidden, weight, labels, old_logprobs, advantages, mask)
@@ -267,7 +303,7 @@ def linear_policy_loss(
     if runs == "cuda" and ref_hidden is not None:
         check.fail("impl", "is 'cuda', which has no exact KL", "'triton', since `ref_hidden` is given")
     if runs == "reference":
-        return reference.linear_policy_loss(*tokens_of, **surrogate)
+        return reference.linear_policy_loss(*tokens_of, group=group, **surrogate)
     from ppo_fast.ops import fused_linear_policy
 
-    return fused_linear_policy.linear_policy_loss(*tokens_of, impl=runs, **surrogate)
+    return fused_linear_policy.linear_policy_loss(*tokens_of, shard=shard, impl=runs, **surrogate)

@@ -177,11 +177,22 @@ class HeadGradients:
     The head's are added in float32 (float64 for float64) over all chunks and rounded to its dtype once, at the end.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, of_hidden: bool, of_weight: bool, of_bias: bool) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        of_hidden: bool,
+        of_weight: bool,
+        of_bias: bool,
+        *,
+        shared: bool = False,
+    ) -> None:
+        """`shared`: what of the hidden states is made here is one part of a sum, and is not rounded before it."""
         weight, bias = head.weight, head.bias
         wide = _wide(weight.dtype)
         self.head = head
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=held_dtype(hidden)) if of_hidden else None
+        dtype = _wide(hidden.dtype) if shared else held_dtype(hidden)
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if of_hidden else None
         self.weight = weight.new_zeros(weight.shape, dtype=wide) if of_weight else None
         self.bias = bias.new_zeros(bias.shape, dtype=wide) if of_bias and bias is not None else None
 
@@ -221,3 +232,28 @@ def _product_for_a_sum(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def row_state(
+    stats: Tensor,
+    impl: str,
+    g_logprob: Tensor,
+    g_entropy: Tensor,
+    g_kl: Tensor | None = None,
+    ref_stats: Tensor | None = None,
+) -> Tensor:
+    """What a launch of the gradient reads of each row, from its statistics and what comes down on it.
+
+    `stats` [n, 3]: max x, sum e^d, E_p[d]; `ref_stats` [n, 3]: max r, sum e^d_ref, E_p[d - d_ref].
+    """
+    top, total, mean = stats.unbind(1)
+    none = torch.zeros_like(top)
+    g_kl = none if g_kl is None else g_kl
+    ref_top, ref_total, mean_gap = (none, none + 1, none) if ref_stats is None else ref_stats.unbind(1)
+    if impl == "cpu":
+        return torch.stack(
+            (top, total, mean, ref_top, ref_total, mean_gap, g_logprob, g_entropy, g_kl), dim=1
+        )
+    of_mean = torch.where(g_entropy == 0, 0.0, g_entropy * mean)
+    a = of_mean - torch.where(g_kl == 0, 0.0, g_kl * mean_gap) - g_logprob
+    return torch.stack((top, 1 / total, ref_top, a, -g_entropy, g_logprob, g_kl), dim=1)
