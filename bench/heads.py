@@ -1,20 +1,16 @@
 """Ways from hidden states to a policy loss, log-probabilities or a KL: ours, whole logits, and what trainers have.
 
-    python bench/heads.py loss 4096x49152x576-float32 fused     # the peak of its memory, in bytes
-
 Each takes hidden states and a head, which both learn. Other libraries are imported only when one of theirs is timed.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import eager
 import torch
-from cases import HEADS, HeadCase
-from measure import DEVICE, extra_bytes, peers, resident_peak
+from cases import HeadCase
+from measure import DEVICE, peers
 from suite import IMPL, wide
 from torch import Tensor
 from torch.nn import functional
@@ -105,7 +101,9 @@ def whole_logits(work: str) -> Function:
 
 
 def trl_logprobs() -> Function:
-    from trl.kernels import ChunkedLogProbFunction
+    with stand_ins("datasets"):
+        import trl.trainer.utils  # noqa: F401  which the function imports when it runs
+        from trl.kernels import ChunkedLogProbFunction
 
     def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         flat = hidden.flatten(0, 1)
@@ -178,18 +176,3 @@ def run_of(function: Function, inputs: tuple[Tensor, ...]) -> Callable[[], list[
 
 def truth_of(work: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return run_of(truth(work), tuple(map(wide, inputs)))()
-
-
-def main(work: str, case_name: str, name: str) -> int:
-    """Peak of the memory of one run, beyond its inputs and one copy of its gradients."""
-    (case,) = (case for case in HEADS if case.name == case_name)
-    few = HeadCase(8, 257, case.dtype, 16)
-    run_of(implementation(work, name), inputs_of(work, few))()  # what any first call loads
-    run = run_of(implementation(work, name), inputs_of(work, case))
-    peak = extra_bytes(run) if DEVICE == "cuda" else resident_peak(run)
-    return int(peak or 0) - case.bytes
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    print(main(*sys.argv[1:]))

@@ -2,19 +2,19 @@
 
     python -m pytest bench/test_linear.py --benchmark-group-by=param:case,param:work
 
-`peak_extra_bytes` is what a run takes beyond its inputs and one copy of the gradients, in a process of its own;
+`peak_extra_bytes` is what a run takes beyond its inputs and one copy of the gradients;
 `memory_eager_over_this` compares it with whole logits, `times_products` the time with that of the bare matrix products
 (three for a loss, four for what makes its logits anew). Least traffic: one read of the inputs, one write of gradients.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
 import heads
 import pytest
 import torch
 from cases import HEADS, HeadCase
-from measure import DEVICE, assert_near, best_of, child_output, facts, synchronised, three_digits
+from measure import DEVICE, assert_near, best_of, extra_bytes, facts, synchronised, three_digits
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from ppo_fast.ops.linear_chunks import logits_buffer, rows_of_a_chunk
@@ -25,15 +25,17 @@ WORKS = [(work, name) for work in PRODUCTS for name in heads.names_of(work)]
 
 
 @lru_cache
-def eager_seconds(work: str, case: HeadCase) -> float:
+def eager_costs(work: str, case: HeadCase) -> tuple[float, int | None]:
+    """Seconds and bytes."""
     run = heads.run_of(heads.implementation(work, "eager"), heads.inputs_of(work, case))
     run()
-    return best_of(run, times=2)
+    return best_of(run, times=2), peak(run, case)
 
 
-@lru_cache
-def peak(work: str, case: HeadCase, name: str) -> int:
-    return int(child_output(Path(heads.__file__), work, case.name, name))
+def peak(run: Callable[[], object], case: HeadCase) -> int | None:
+    """Bytes beyond the inputs and one copy of the gradients."""
+    memory = extra_bytes(run)
+    return None if memory is None else max(1, memory - case.bytes)
 
 
 @lru_cache
@@ -65,20 +67,19 @@ def assert_parity(work: str, name: str, dtype: torch.dtype) -> None:
     assert_near([x.double() for x in got], exact, [max(5e-5, 4 * rounding)] * len(got))
 
 
-def timed(benchmark: BenchmarkFixture, work: str, case: HeadCase, name: str, active: float = 1.0) -> float:
+def timed(benchmark: BenchmarkFixture, work: str, case: HeadCase, name: str, active: float = 1.0) -> None:
     assert_parity(work, name, case.dtype)
     run = heads.run_of(heads.implementation(work, name), heads.inputs_of(work, case, active=active))
     run()
+    memory = peak(run, case)
     benchmark.pedantic(synchronised(run), rounds=ROUNDS)
     seconds = benchmark.stats.stats.min
-    benchmark.extra_info |= facts(seconds, eager_seconds(work, case), 2 * case.bytes, peak(work, case, name))
-    whole = peak(work, case, "eager")
+    eager_seconds, whole = eager_costs(work, case)
     floor = products_seconds(case) * PRODUCTS[work] / 3
-    benchmark.extra_info |= {
-        "memory_eager_over_this": three_digits(whole / max(1, benchmark.extra_info["peak_extra_bytes"])),
-        "times_products": three_digits(seconds / floor),
-    }
-    return seconds
+    benchmark.extra_info |= facts(seconds, eager_seconds, 2 * case.bytes, memory)
+    benchmark.extra_info["times_products"] = three_digits(seconds / floor)
+    if memory is not None and whole is not None:
+        benchmark.extra_info["memory_eager_over_this"] = three_digits(whole / memory)
 
 
 @pytest.mark.parametrize("case", HEADS, ids=lambda case: case.name)

@@ -24,6 +24,7 @@ from ppo_fast.ops.linear_chunks import (
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.sharded_head import gathered, keep_until_accumulated
 from ppo_fast.ops.vocab_parallel import ELSEWHERE, Slice, agreed_chunk_rows
 
 
@@ -206,11 +207,12 @@ def linear_kl_rows_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, in their dtypes; empty where not wanted."""
-    return _gradients(
-        grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
-        lambda where, down: _gradient_state(state[where], down, impl),
-        softcap, chunk_rows, compact, learns, impl,
-    )  # fmt: skip
+    with gathered(weight, bias, ref_weight, ref_bias):
+        return _gradients(
+            grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
+            lambda where, down: _gradient_state(state[where], down, impl),
+            softcap, chunk_rows, compact, learns, impl,
+        )  # fmt: skip
 
 
 @linear_kl_rows_backward.register_fake
@@ -242,6 +244,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_kl: Tensor | None, _grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_kl is None:
         return (None,) * 11
+    keep_until_accumulated(*ctx.saved_tensors[1:3])
     learns = list(ctx.needs_input_grad[:3])
     grads = linear_kl_rows_backward(
         grad_kl, *ctx.saved_tensors, ctx.softcap, ctx.chunk_rows, ctx.compact, learns, ctx.impl

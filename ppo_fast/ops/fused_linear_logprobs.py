@@ -22,6 +22,7 @@ from ppo_fast.ops.linear_chunks import (
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.sharded_head import gathered, keep_until_accumulated
 from ppo_fast.ops.vocab_parallel import NOWHERE, Slice, agreed_chunk_rows
 
 STATS = 3  # numbers of a row: max x, sum e^d, E_p[d]
@@ -192,10 +193,11 @@ def linear_rows_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias, in their dtypes; empty where not wanted."""
-    return _gradients(
-        grad_logprobs, grad_entropy, hidden, weight, bias, labels, temperature, stats,
-        softcap, chunk_rows, compact, learns, impl,
-    )  # fmt: skip
+    with gathered(weight, bias):
+        return _gradients(
+            grad_logprobs, grad_entropy, hidden, weight, bias, labels, temperature, stats,
+            softcap, chunk_rows, compact, learns, impl,
+        )  # fmt: skip
 
 
 @linear_rows_backward.register_fake
@@ -239,6 +241,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 9
+    keep_until_accumulated(*ctx.saved_tensors[1:3])
     learns = list(ctx.needs_input_grad[:3])
     grads = linear_rows_backward(
         grad_logprobs,

@@ -32,6 +32,7 @@ from ppo_fast.ops.linear_chunks import (
     rows_of_a_chunk,
     size_of,
 )
+from ppo_fast.ops.sharded_head import is_partitioned, keep_until_accumulated
 from ppo_fast.ops.vocab_parallel import Slice, agreed_chunk_rows
 from ppo_fast.records import PolicyLoss
 
@@ -384,6 +385,7 @@ class _GradientsInForward(torch.autograd.Function):
             [None if x is None else x.dtype for x in (hidden, weight, bias)],
         )
         ctx.save_for_backward(*held)
+        ctx.partitioned = [x for x in (weight, bias) if is_partitioned(x)]
         ctx.mark_non_differentiable(logprobs, entropy, stats)
         return loss, logprobs, entropy, stats
 
@@ -393,6 +395,7 @@ class _GradientsInForward(torch.autograd.Function):
             raise RuntimeError(
                 "linear_policy_loss: the gradient has none of its own, so create_graph=True cannot be had"
             )
+        keep_until_accumulated(*ctx.partitioned)
         as_it_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         grads = [
             None if not wanted else (mine if as_it_is else mine * grad_loss).to(dtype)

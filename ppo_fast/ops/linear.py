@@ -11,6 +11,7 @@ from ppo_fast.ops import dispatch
 from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ops.losses import check_objective, check_policy
+from ppo_fast.ops.sharded_head import takes_sharded_heads
 from ppo_fast.records import PolicyLoss, Reduction
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _vocabulary(
     return (int(shard.total) if weight.device.type == "cpu" else None), shard
 
 
+@takes_sharded_heads
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +94,8 @@ def linear_logprobs(
 
     Args:
         hidden: [..., D], floating.
-        weight: [V, D], floating.
+        weight: [V, D], floating; one that ZeRO-3 or FSDP2 holds in shards is gathered for the call, and for its
+            backward where that reads it. The gradient of a DTensor is the mean over its ranks.
         labels: [...], int64 in [0, V).
         bias: [V], or None.
         temperature: a float above 0, or a tensor [...], one a row; it gets no gradient.
@@ -142,6 +145,7 @@ def linear_logprobs(
     return fused_linear_logprobs.linear_logprobs(hidden, weight, labels, shard=shard, impl=runs, **options)
 
 
+@takes_sharded_heads
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -209,6 +213,7 @@ def linear_kl(
     return fused_linear_kl.linear_kl(*heads, shard=shard, impl=runs, **options)
 
 
+@takes_sharded_heads
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -53,7 +53,7 @@ def batch(op: str, option: str, *, dtype: torch.dtype = torch.float32) -> dict[s
         labels[~tensors["mask"]] = -100
     if op == "linear_logprobs":
         tensors |= {"labels": labels}
-    if op == "linear_kl" or TERMS[option].get("kl_coef") and op == "linear_policy_loss":
+    if op == "linear_kl" or (TERMS[option].get("kl_coef") and op == "linear_policy_loss"):
         tensors |= ref
     cast = {k: x.to(dtype) if x.is_floating_point() else x for k, x in tensors.items()}
     options = OPTIONS[option] | (TERMS[option] if op == "linear_policy_loss" else {})

@@ -116,9 +116,9 @@ def test_a_frozen_input_costs_no_product(frozen: tuple[str, ...], monkeypatch: p
     kept: list[linear_chunks.HeadGradients] = []
     init = linear_chunks.HeadGradients.__init__
 
-    def recorded(self: linear_chunks.HeadGradients, *args: Any) -> None:
+    def recorded(self: linear_chunks.HeadGradients, *args: Any, **kwargs: Any) -> None:
         kept.append(self)
-        init(self, *args)
+        init(self, *args, **kwargs)
 
     monkeypatch.setattr(linear_chunks.HeadGradients, "__init__", recorded)
     given = {**head(), **numbers()}
