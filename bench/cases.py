@@ -43,6 +43,33 @@ LOGITS = GPU_CASES if DEVICE == "cuda" else CPU_CASES
 # What the native ops are held to on a CPU, side by side with what they replace.
 RATIOS = [SMOKE, *(Case(512, v, dtype) for v in (32000, 151936) for dtype in (torch.float32, torch.bfloat16))]
 
+
+@dataclass(frozen=True)
+class HeadCase(Case):
+    """Hidden states [rows, width] and a head of `columns` tokens."""
+
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.width}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def bytes(self) -> int:
+        """Of hidden states and head."""
+        return (self.rows + self.columns) * self.width * self.dtype.itemsize
+
+
+SMOKE_HEAD = HeadCase(8, 257, torch.float32, 16)
+CPU_HEADS = [
+    SMOKE_HEAD,
+    HeadCase(4096, 49152, torch.float32, 576),  # SmolLM2-135M
+    HeadCase(4096, 49152, torch.bfloat16, 576),
+    HeadCase(2048, 151936, torch.float32, 1024),  # Qwen3-0.6B
+]
+GPU_HEADS = [HeadCase(8192, 128256, torch.bfloat16, 4096), HeadCase(8192, 151936, torch.bfloat16, 4096)]
+HEADS = GPU_HEADS if DEVICE == "cuda" else CPU_HEADS
+
 # Tokens: a micro-batch, and one that fills a GPU.
 TOKENS = [SMOKE, Case(64, 1024, torch.float32), Case(1024, 1024, torch.float32)]
 

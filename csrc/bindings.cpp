@@ -16,7 +16,7 @@ namespace {
 
 RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t inner_rows,
                      std::int64_t outer_stride, std::int64_t inner_stride, std::uintptr_t labels,
-                     std::uintptr_t temperature, std::int64_t temperature_stride) {
+                     std::uintptr_t temperature, std::int64_t temperature_stride, bool absent_labels) {
   require(rows >= 0, "rows is " + std::to_string(rows) + ", expected 0 or more");
   require(vocab >= 1, "vocab is " + std::to_string(vocab) + ", expected 1 or more");
   require(inner_rows >= 1, "inner_rows is " + std::to_string(inner_rows) + ", expected 1 or more");
@@ -32,7 +32,8 @@ RowGrid checked_grid(std::uintptr_t logits, int dtype, std::int64_t rows, std::i
                inner_stride,
                pointer<const std::int64_t>(labels),
                pointer<const double>(temperature),
-               temperature_stride};
+               temperature_stride,
+               absent_labels ? -1 : 0};
   const std::int64_t label = first_bad_label(grid);
   if (label >= 0) {
     throw py::value_error("labels holds " + std::to_string(grid.labels[label]) + " at flat position " +
@@ -50,6 +51,7 @@ void forward(const RowGrid& grid, std::uintptr_t logprobs, std::uintptr_t entrop
              const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
   require_labels(grid);
+  require(grid.least_label == 0, "a log-probability needs its label in this slice of the vocabulary");
   require(grid.rows == 0 || (logprobs != 0 && stats != 0), "logprobs or stats is a null address");
   const ForwardOut out{pointer<void>(logprobs), pointer<void>(entropy), pointer<RowStats>(stats)};
   py::gil_scoped_release release;
@@ -250,7 +252,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&checked_grid), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"),
            py::arg("vocab"), py::arg("inner_rows"), py::arg("outer_stride"), py::arg("inner_stride"),
            py::arg("labels"), py::arg("temperature"),
-           py::arg("temperature_stride"));
+           py::arg("temperature_stride"), py::arg("absent_labels") = false);
   m.def("logprob_forward", &forward, py::arg("grid"), py::kw_only(), py::arg("logprobs"), py::arg("entropy"),
         py::arg("stats"), py::arg("threads"), py::arg("isa"));
   m.def("logprob_backward", &backward, py::arg("grid"), py::kw_only(), py::arg("stats"), py::arg("grad_logprobs"),

@@ -25,6 +25,7 @@ void forward(const RowGrid& grid, const py::object& ref, std::uintptr_t old_logp
              std::uintptr_t state, int threads, const std::string& isa) {
   const RunOn on = checked_run(threads, isa);
   require_labels(grid);
+  require(grid.least_label == 0, "a log-probability needs its label in this slice of the vocabulary");
   const PolicyIn in{grid,
                     checked_ref(ref, grid),
                     pointer<const void>(old_logprobs),

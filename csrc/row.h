@@ -204,7 +204,7 @@ inline void store_some(T* y, Vec<T> v, std::int64_t n) {
 
 // The gradient of g_logprob * logprob + g_entropy * entropy:
 // dx_j = p_j (a + b d_j) + c [j = label], with T a = g_entropy mean - g_logprob, T^2 b = -g_entropy, T c = g_logprob, and
-// d = x - top. dx may be x itself.
+// d = x - top. dx may be x itself. Without a label (-1: it lies in another slice of the vocabulary) c is 0.
 template <class T>
 inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t label, double temperature,
                          const RowStats& stats, double g_logprob, double g_entropy) {
@@ -215,11 +215,15 @@ inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t lab
   const double scale = 1.0 / (stats.total * temperature);
   const C a = static_cast<C>((g_entropy * stats.mean - g_logprob) * scale);
   const C b = static_cast<C>(-g_entropy * scale / temperature);
-  // The target in one shot: 1 - p rounds to nothing near p = 1, and reading back a stored p would round it first.
-  const double d_label = (widen(x[label]) - stats.top) / temperature;
-  const double p = std::exp(d_label) / stats.total;
-  const double from_entropy = p == 0.0 ? 0.0 : g_entropy * p * (stats.mean - d_label);
-  const double from_logprob = g_logprob == 0.0 ? 0.0 : -g_logprob * std::expm1(d_label - std::log(stats.total));
+  double at_label = 0.0;
+  if (label >= 0) {
+    // The target in one shot: 1 - p rounds to nothing near p = 1, and reading back a stored p would round it first.
+    const double d_label = (widen(x[label]) - stats.top) / temperature;
+    const double p = std::exp(d_label) / stats.total;
+    const double from_entropy = p == 0.0 ? 0.0 : g_entropy * p * (stats.mean - d_label);
+    const double from_logprob = g_logprob == 0.0 ? 0.0 : -g_logprob * std::expm1(d_label - std::log(stats.total));
+    at_label = (from_logprob + from_entropy) / temperature;
+  }
   for (std::int64_t i = 0; i < vocab; i += kWidth) {
     const std::int64_t n = vocab - i;
     const Vec<T> d = (n >= kWidth ? load(x + i) : load_tail(x + i, n)) - top;
@@ -227,7 +231,7 @@ inline void row_backward(const T* x, T* dx, std::int64_t vocab, std::int64_t lab
     const Vec<T> e = exp(d, counts);
     store_some(dx + i, RowExp<T>::product(e, b * d + a, counts), n);
   }
-  dx[label] = narrow<T>((from_logprob + from_entropy) / temperature);
+  if (label >= 0) dx[label] = narrow<T>(at_label);
 }
 
 template <class T>

@@ -61,6 +61,9 @@ def test_suites(tmp_path: Path) -> None:
             own = {"copy", "clone", "source"} | ({"chunked"} if benchmark["params"]["op"] == "gae" else set())
             assert set(facts["seconds"]) == own | present | {"ours"}
             assert all(facts[f"times_{name}"] > 0 for name in own | present)
+    heads = sum(
+        importlib.util.find_spec(name) is not None for name in ("liger_kernel", "trl", "verl", "openrlhf")
+    )
     # Implementations x works or objectives x ops: fused (twice in the policy loss) and eager; compile is left out.
     assert count == {
         "test_logprob": 2 * 2 * 3,
@@ -69,6 +72,8 @@ def test_suites(tmp_path: Path) -> None:
         "test_tokens": 2 * 3,
         "test_experience": 2,
         **dict.fromkeys(RATIOS, 1),
+        "test_linear": 3 * 2 + heads,
+        "test_active_rows": 2,
     }
 
 

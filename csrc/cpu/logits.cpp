@@ -50,7 +50,7 @@ bool isa_supported(Isa isa) {
 
 std::int64_t first_bad_label(const RowGrid& grid) {
   for (std::int64_t r = 0; grid.labels != nullptr && r < grid.rows; ++r) {
-    if (grid.labels[r] < 0 || grid.labels[r] >= grid.vocab) return r;
+    if (grid.labels[r] < grid.least_label || grid.labels[r] >= grid.vocab) return r;
   }
   return -1;
 }

@@ -21,6 +21,7 @@ struct RowGrid {
   const std::int64_t* labels;  // [rows], null where the op reads none
   const double* temperature;   // row r has temperature[r * temperature_stride]
   std::int64_t temperature_stride;
+  std::int64_t least_label = 0;  // -1 where a label may lie in another slice of the vocabulary: a gradient then has no target
 };
 
 struct RunOn {

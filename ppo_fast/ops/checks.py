@@ -117,6 +117,20 @@ class Checker:
         if value is not None:
             self.number(name, value, above=above)
 
+    def optional_count(self, name: str, value: object) -> None:
+        """`value` is None or a whole number of at least 1."""
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            self.fail(name, f"is a {type(value).__name__}", "a whole number or None", TypeError)
+        if value < 1:
+            self.fail(name, f"is {value}", "at least 1")
+
+    def optional_flag(self, name: str, value: object) -> None:
+        """`value` is None or a bool."""
+        if value is not None:
+            self.flag(name, value)
+
     def flag(self, name: str, value: object) -> None:
         """`value` is a bool."""
         if not isinstance(value, bool):
@@ -166,13 +180,13 @@ class Checker:
             self.optional_number("normalizer", value)
 
     def labels(
-        self, labels: Tensor, shape: Sequence[int], why: str, vocab: int, mask: Tensor | None = None
+        self, labels: Tensor, shape: Sequence[int], why: str, vocab: int | None, mask: Tensor | None = None
     ) -> None:
-        """int64 of `shape`; inside [0, vocab) where the mask counts, if the values may be read."""
+        """int64 of `shape`; inside [0, vocab), if that is known, where the mask counts, if values may be read."""
         self._placed("labels", labels, shape, why)
         if labels.dtype != torch.int64:
             self.fail("labels", f"has dtype {labels.dtype}", "torch.int64", TypeError)
-        if _readable(labels):
+        if vocab is not None and _readable(labels):
             if mask is None and labels.numel() > 0:  # a quarter of the time of the comparison below
                 least, most = labels.aminmax()
                 if least >= 0 and most < vocab:

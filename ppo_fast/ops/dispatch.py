@@ -44,6 +44,9 @@ _TABLE: dict[str, dict[str, Probe]] = {
     "value_loss": _NATIVE_AND_TRITON,
     "kl_from_logits": _NATIVE_AND_TRITON,
     "policy_loss_from_logits": _EVERY_BACKEND,
+    "linear_kl": _NATIVE_AND_TRITON,
+    "linear_logprobs": _NATIVE_AND_TRITON,
+    "linear_policy_loss": _EVERY_BACKEND,
 }
 
 

@@ -18,6 +18,9 @@ from ppo_fast.ops.row_grid import RowGrid, gpu_row_grid, row_grid
 from ppo_fast.records import PolicyLoss
 
 LOGITS_STATS = (*TOKEN_STATS, "entropy", "kl")
+RowNumbers = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]  # label, old logprob, advantage, weight, temperature
 STATE = {"cpu": native_rows.POLICY_STATE, "triton": 7, "cuda": 7}  # numbers of a row
 
 
@@ -82,7 +85,7 @@ def _gpu_ref(logits: Tensor, ref_logits: Tensor | None) -> RowGrid | None:
     return gpu_row_grid(ref_logits.float() if logits.dtype == torch.float32 else ref_logits)
 
 
-def _token_launchers(impl: str) -> tuple[ModuleType, ModuleType]:
+def token_launchers(impl: str) -> tuple[ModuleType, ModuleType]:
     """Where `policy_forward` and `token_weights` of an implementation stand."""
     if impl == "cpu":
         return native_tokens, native_tokens
@@ -102,6 +105,34 @@ def _row_launchers(impl: str) -> ModuleType:
     return policy_loss
 
 
+def launch_rows(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    numbers: RowNumbers,
+    coefficients: Tensor,
+    impl: str,
+    *,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Logprobs, entropy, KL (None without a reference) and the state of each row, or None `inplace`.
+
+    The weight of a row, in the loss, is -inf where it does not count.
+    """
+    if impl == "cpu":
+        rows, ref_rows = rows_of_one_arithmetic(logits, ref_logits)
+        return native_rows.policy_rows(rows, *numbers, ref_rows, coefficients, inplace=inplace)
+    rows, ref_rows = gpu_row_grid(logits), _gpu_ref(logits, ref_logits)
+    return _row_launchers(impl).policy_rows(
+        rows.logits,
+        *numbers,
+        None if ref_rows is None else ref_rows.logits,
+        coefficients,
+        grid=rows.strides,
+        ref_grid=(1, 0, 0) if ref_rows is None else ref_rows.strides,
+        inplace=inplace,
+    )
+
+
 def _run_rows(
     logits: Tensor,
     labels: Tensor,
@@ -118,30 +149,12 @@ def _run_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Weights of the tokens, one launch over the logits, then the sums over the tokens."""
     labels, old_logprobs, advantages, mask = contiguous(labels, old_logprobs, advantages, mask)
-    tokens, sequences = _token_launchers(impl)
-    numbers = (
-        labels,
-        old_logprobs,
-        advantages,
-        sequences.token_weights(mask, normalizer, reduction),
-        temperature,
-    )
-    if impl == "cpu":
-        rows, ref_rows = rows_of_one_arithmetic(logits, ref_logits)
-        logprobs, entropy, kl, state = native_rows.policy_rows(
-            rows, *numbers, ref_rows, coefficients, inplace=inplace
-        )
-    else:
-        rows, ref_rows = gpu_row_grid(logits), _gpu_ref(logits, ref_logits)
-        logprobs, entropy, kl, state = _row_launchers(impl).policy_rows(
-            rows.logits,
-            *numbers,
-            None if ref_rows is None else ref_rows.logits,
-            coefficients,
-            grid=rows.strides,
-            ref_grid=(1, 0, 0) if ref_rows is None else ref_rows.strides,
-            inplace=inplace,
-        )
+    tokens, sequences = token_launchers(impl)
+    weights = sequences.token_weights(mask, normalizer, reduction)
+    logprobs, entropy, kl, state = launch_rows(
+        logits, ref_logits, (labels, old_logprobs, advantages, weights, temperature), coefficients, impl,
+        inplace=inplace,
+    )  # fmt: skip
     loss, stats, _, _, _ = tokens.policy_forward(
         logprobs,
         old_logprobs,
@@ -216,10 +229,10 @@ def policy_loss_rows_backward(
     impl: str,
 ) -> Tensor:
     """Gradient of the logits, in their dtype."""
-    return _gradient(grad_loss, logits, labels, temperature, ref_logits, state, impl, inplace=False)
+    return gradient_of_rows(grad_loss, logits, labels, temperature, ref_logits, state, impl, inplace=False)
 
 
-def _gradient(
+def gradient_of_rows(
     grad_loss: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -229,6 +242,7 @@ def _gradient(
     impl: str,
     inplace: bool,
 ) -> Tensor:
+    """Gradient of the logits from the rows' state, times `grad_loss`, a 0-d tensor."""
     labels = labels.contiguous()
     if impl == "cpu":
         wide, ref = rows_of_one_arithmetic(logits, ref_logits)
@@ -318,7 +332,7 @@ def policy_loss_rows_backward_inplace(
     impl: str,
 ) -> None:
     """Gradient of the logits in their place."""
-    _gradient(grad_loss, logits, labels, temperature, ref_logits, state, impl, inplace=True)
+    gradient_of_rows(grad_loss, logits, labels, temperature, ref_logits, state, impl, inplace=True)
 
 
 def _refuse_another(handed_on: bool) -> None:

@@ -1,16 +1,21 @@
 """Public ops in hidden space: from a model's last hidden state and its head, without handing over logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ppo_fast import reference
 from ppo_fast.ops import dispatch
 from ppo_fast.ops.checks import Checker
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ops.losses import check_objective, check_policy
+from ppo_fast.ops.sharded_head import takes_sharded_heads
 from ppo_fast.records import PolicyLoss, Reduction
+
+if TYPE_CHECKING:
+    from ppo_fast.ops import vocab_parallel
 
 
 def _check_head(
@@ -48,6 +53,27 @@ def _check_ref_head(
     check.finite(None, ref_weight=ref_weight, ref_bias=ref_bias)
 
 
+def _check_chunks(check: Checker, chunk_rows: int | None, compact: bool | None) -> None:
+    check.optional_count("chunk_rows", chunk_rows)
+    check.optional_flag("compact", compact)
+
+
+def _vocabulary(
+    own: int, group: ProcessGroup | None, weight: Tensor
+) -> tuple[int | None, "vocab_parallel.Slice | None"]:
+    """How many tokens there are, and which of them this rank's rows of the head are.
+
+    None where the sizes of the other slices are on a GPU, whose host would have to wait for them.
+    """
+    if group is None:
+        return own, None
+    from ppo_fast.ops import vocab_parallel
+
+    shard = vocab_parallel.Slice(group, weight)
+    return (int(shard.total) if weight.device.type == "cpu" else None), shard
+
+
+@takes_sharded_heads
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -57,6 +83,9 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label straight from the hidden state, in nats.
@@ -65,13 +94,21 @@ def linear_logprobs(
 
     Args:
         hidden: [..., D], floating.
-        weight: [V, D], floating.
+        weight: [V, D], floating; one that ZeRO-3 or FSDP2 holds in shards is gathered for the call, and for its
+            backward where that reads it. The gradient of a DTensor is the mean over its ranks.
         labels: [...], int64 in [0, V).
         bias: [V], or None.
         temperature: a float above 0, or a tensor [...], one a row; it gets no gradient.
         softcap: s > 0, or None for no cap.
         return_entropy: also return the entropy [...] of each row.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         logprobs [...], or (logprobs, entropy); float32 (float64 for float64), differentiable in `hidden`,
@@ -85,23 +122,30 @@ def linear_logprobs(
     Source: softcap from Gemma 2 (arXiv 2408.00118), section 2.
     """
     check = Checker("linear_logprobs", "hidden", hidden)
-    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check.group(group)
+    vocab, shard = _vocabulary(_check_head(check, hidden, weight, bias, softcap), group, weight)
     check.labels(labels, hidden.shape[:-1], "hidden without its last axis", vocab)
     check.temperature(temperature, hidden.shape[:-1])
     check.flag("return_entropy", return_entropy)
     check.finite(None, hidden=hidden)
-    dispatch.resolve("linear_logprobs", impl, hidden)
-    return reference.linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        return_entropy=return_entropy,
-    )
+    _check_chunks(check, chunk_rows, compact)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "return_entropy": return_entropy,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    runs = dispatch.resolve("linear_logprobs", impl, hidden, weight, bias)
+    if runs == "reference":
+        return reference.linear_logprobs(hidden, weight, labels, group=group, **options)
+    from ppo_fast.ops import fused_linear_logprobs
+
+    return fused_linear_logprobs.linear_logprobs(hidden, weight, labels, shard=shard, impl=runs, **options)
 
 
+@takes_sharded_heads
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -112,6 +156,9 @@ def linear_kl(
     ref_bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Exact KL(pi || ref) of each row from the hidden states of both models, in nats.
@@ -123,7 +170,14 @@ def linear_kl(
         ref_hidden, ref_weight, ref_bias: the reference: [..., D'], [V, D'], [V] or None; no gradient.
         softcap: s > 0 of both heads, z = s tanh(z / s); None for no cap.
         temperature: of both; a float above 0, or a tensor [...], one a row; it gets no gradient.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
+        impl: auto, reference, cpu or triton.
 
     Returns:
         [...], float32 (float64 for float64), differentiable in `hidden`, `weight` and `bias`.
@@ -135,23 +189,31 @@ def linear_kl(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 8, with the policy first.
     """
     check = Checker("linear_kl", "hidden", hidden)
+    check.group(group)
     vocab = _check_head(check, hidden, weight, bias, softcap)
     _check_ref_head(check, hidden.shape[:-1], vocab, ref_hidden, ref_weight, ref_bias)
     check.temperature(temperature, hidden.shape[:-1])
     check.finite(None, hidden=hidden, ref_hidden=ref_hidden)
-    dispatch.resolve("linear_kl", impl, hidden)
-    return reference.linear_kl(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        bias=bias,
-        ref_bias=ref_bias,
-        softcap=softcap,
-        temperature=temperature,
-    )
+    _check_chunks(check, chunk_rows, compact)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "ref_bias": ref_bias,
+        "softcap": softcap,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    heads = (hidden, weight, ref_hidden, ref_weight)
+    runs = dispatch.resolve("linear_kl", impl, *heads, bias, ref_bias)
+    if runs == "reference":
+        return reference.linear_kl(*heads, group=group, **options)
+    from ppo_fast.ops import fused_linear_kl
+
+    _, shard = _vocabulary(vocab, group, weight)
+    return fused_linear_kl.linear_kl(*heads, shard=shard, impl=runs, **options)
 
 
+@takes_sharded_heads
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -174,6 +236,9 @@ def linear_policy_loss(
     reduction: Reduction = "token-mean",
     normalizer: float | Tensor | None = None,
     log_ratio_clamp: float | None = None,
+    chunk_rows: int | None = None,
+    compact: bool | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> PolicyLoss:
     """`policy_loss_from_logits` of z = hidden @ weight.T + bias, softcapped if asked for.
@@ -188,7 +253,14 @@ def linear_policy_loss(
             the first two come together and are needed unless `kl_coef` is 0; they get no gradient.
         old_logprobs, advantages, mask, clip_low, clip_high, dual_clip, entropy_coef, kl_coef, temperature,
             reduction, normalizer, log_ratio_clamp: as in `policy_loss_from_logits`.
-        impl: auto or reference.
+        chunk_rows: rows of logits that are made at a time; None chooses by N, V and the free memory. For a given number
+            a row's results have the same bits whatever rows stand round it.
+        compact: leave rows that contribute nothing out of the products. That takes their number, for which a GPU's host
+            must wait: None does it on a CPU alone, True everywhere.
+        group: the ranks over which the head is sharded by vocabulary; weight and bias (the reference's too) are then
+            this rank's rows of it, of any number, in the order of the ranks, and all else is the same on every rank, as
+            are the results. Its gradients: of `hidden` the whole on every rank, of weight and bias those rows.
+        impl: auto, reference, cpu, triton, or without `ref_hidden` cuda.
 
     Returns:
         PolicyLoss; only its loss is differentiable, in `hidden`, `weight` and `bias`.
@@ -200,7 +272,9 @@ def linear_policy_loss(
     """
     check = Checker("linear_policy_loss", "hidden", hidden, dims=3)
     rows = hidden.shape[:-1]
-    vocab = _check_head(check, hidden, weight, bias, softcap)
+    check.group(group)
+    own = _check_head(check, hidden, weight, bias, softcap)
+    vocab, shard = _vocabulary(own, group, weight)
     surrogate: dict[str, Any] = {
         "clip_low": clip_low,
         "clip_high": clip_high,
@@ -212,23 +286,29 @@ def linear_policy_loss(
     check_policy(check, old_logprobs, advantages, mask, rows, **surrogate)
     check_objective(check, labels, mask, vocab, entropy_coef, kl_coef, temperature)
     if kl_coef != 0 or not (ref_hidden is ref_weight is ref_bias is None):
-        _check_ref_head(check, rows, vocab, ref_hidden, ref_weight, ref_bias)
+        _check_ref_head(check, rows, own, ref_hidden, ref_weight, ref_bias)
     check.finite(mask.unsqueeze(-1), hidden=hidden, ref_hidden=ref_hidden)
-    dispatch.resolve("linear_policy_loss", impl, hidden)
-    return reference.linear_policy_loss(
-        hidden,
-        weight,
-        labels,
-        old_logprobs,
-        advantages,
-        mask,
-        bias=bias,
-        softcap=softcap,
-        entropy_coef=entropy_coef,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        kl_coef=kl_coef,
-        temperature=temperature,
-        **surrogate,
+    _check_chunks(check, chunk_rows, compact)
+    tokens_of = (hidden, weight, labels, old_logprobs, advantages, mask)
+    surrogate |= {
+        "bias": bias,
+        "softcap": softcap,
+        "entropy_coef": entropy_coef,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "kl_coef": kl_coef,
+        "temperature": temperature,
+        "chunk_rows": chunk_rows,
+        "compact": compact,
+    }
+    runs = dispatch.resolve(
+        "linear_policy_loss", impl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
+    if runs == "cuda" and ref_hidden is not None:
+        check.fail("impl", "is 'cuda', which has no exact KL", "'triton', since `ref_hidden` is given")
+    if runs == "reference":
+        return reference.linear_policy_loss(*tokens_of, group=group, **surrogate)
+    from ppo_fast.ops import fused_linear_policy
+
+    return fused_linear_policy.linear_policy_loss(*tokens_of, shard=shard, impl=runs, **surrogate)

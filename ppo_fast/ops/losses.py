@@ -42,7 +42,7 @@ def check_objective(
     check: Checker,
     labels: Tensor,
     mask: Tensor,
-    vocab: int,
+    vocab: int | None,
     entropy_coef: float,
     kl_coef: float,
     temperature: float | Tensor,

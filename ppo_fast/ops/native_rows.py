@@ -21,7 +21,9 @@ def _settings() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "isa": build.selected_isa()}
 
 
-def _grid(rows: RowGrid, labels: Tensor | None, temperature: Tensor) -> Any:  # ppo_fast._C.RowGrid
+def _grid(
+    rows: RowGrid, labels: Tensor | None, temperature: Tensor, *, absent_labels: bool = False
+) -> Any:  # ppo_fast._C.RowGrid
     """Addresses only: the caller keeps the tensors until the call is over."""
     return build.extension().RowGrid(
         logits=rows.logits.data_ptr(),
@@ -34,6 +36,7 @@ def _grid(rows: RowGrid, labels: Tensor | None, temperature: Tensor) -> Any:  # 
         labels=address(labels),
         temperature=temperature.data_ptr(),
         temperature_stride=min(1, temperature.dim()),
+        absent_labels=absent_labels,
     )
 
 
@@ -101,7 +104,10 @@ def policy_gradient(
     *,
     inplace: bool,
 ) -> Tensor:
-    """Return the gradient [..., V] of the logits, contiguous or `inplace`, in their dtype."""
+    """Return the gradient [..., V] of the logits, contiguous or `inplace`, in their dtype.
+
+    A label of -1 lies in another slice of the vocabulary than these logits.
+    """
     out, state = None if inplace else large_empty(rows.logits.shape, rows.logits.dtype), state.contiguous()
     # A row that does not count is not read: any label and temperature in range will do.
     read = (state[:, -3:] != 0).any(1).view(labels.shape)
@@ -109,7 +115,7 @@ def policy_gradient(
     if temperature.dim():
         temperature = torch.where(read, temperature, 1.0)
     build.extension().policy_backward(
-        _grid(rows, labels, temperature),
+        _grid(rows, labels, temperature, absent_labels=True),
         ref=_ref(ref_rows),
         state=state.data_ptr(),
         grad_loss=grad_loss.item(),

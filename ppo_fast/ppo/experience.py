@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 import ppo_fast
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
+from ppo_fast.ppo.head import HeadForm, head_form, head_of, response_hidden, settled_chunk_rows
 from ppo_fast.ppo.models import response_logits, token_scores
 from ppo_fast.ppo.rewards import Reward
-from ppo_fast.records import Experience, Rollout
+from ppo_fast.records import Experience, PolicyLoss, Rollout
 
 Rows = Tensor | slice
 
@@ -39,7 +41,11 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class PolicyView:
-    """How a policy's logits become logprobs: the same for sampling policy, reference and every later policy."""
+    """How a policy becomes logprobs: the same for sampling policy, reference and every later policy.
+
+    From hidden states, whose logits are never whole, wherever `head_form` knows the model's head and the sampler left
+    every token to choose from; else from the logits of the response.
+    """
 
     temperature: float
     bf16: bool
@@ -49,7 +55,41 @@ class PolicyView:
         self, model: PreTrainedModel, rollout: Rollout, rows: Rows, kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Logprobs and entropy of the response tokens, each [rows, T], differentiable in the model."""
-        return self.score(self.logits(model, rollout, rows), rollout.response_ids[rows], kept)
+        labels = rollout.response_ids[rows]
+        form = None if kept is not None else head_form(model)
+        if form is None:
+            return self.score(self.logits(model, rollout, rows), labels, kept)
+        hidden, weight, options = self._from_hidden(model, form, rollout, rows)
+        scored = ppo_fast.linear_logprobs(hidden, weight, labels, return_entropy=True, **options)
+        return cast(tuple[Tensor, Tensor], scored)
+
+    def loss(
+        self,
+        model: PreTrainedModel,
+        rollout: Rollout,
+        rows: Rows,
+        kept: Tensor | None,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        **objective: Any,
+    ) -> PolicyLoss:
+        """The clipped policy loss of the response tokens, with its entropy bonus, differentiable in the model."""
+        labels, mask = rollout.response_ids[rows], rollout.response_mask[rows]
+        form = None if kept is not None else head_form(model)
+        if form is None:
+            return ppo_fast.policy_loss_from_logits(
+                self._masked(self.logits(model, rollout, rows), kept),
+                labels,
+                old_logprobs,
+                advantages,
+                mask,
+                temperature=self.temperature,
+                impl=self.impl,
+                **objective,
+            )
+        hidden, weight, options = self._from_hidden(model, form, rollout, rows)
+        options |= objective
+        return ppo_fast.linear_policy_loss(hidden, weight, labels, old_logprobs, advantages, mask, **options)
 
     def logits(self, model: PreTrainedModel, rollout: Rollout, rows: Rows) -> Tensor:
         """Logits of the response positions, [rows, T, V]."""
@@ -58,11 +98,29 @@ class PolicyView:
 
     def score(self, logits: Tensor, labels: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logprobs of the labels and entropy, over the kept tokens alone where a set is given."""
-        if kept is not None:
-            logits = logits.masked_fill(~kept, -torch.inf)
         return ppo_fast.logprobs_and_entropy_from_logits(
-            logits, labels, temperature=self.temperature, impl=self.impl
+            self._masked(logits, kept), labels, temperature=self.temperature, impl=self.impl
         )
+
+    def _masked(self, logits: Tensor, kept: Tensor | None) -> Tensor:
+        return logits if kept is None else logits.masked_fill(~kept, -torch.inf)
+
+    def _from_hidden(
+        self, model: PreTrainedModel, form: HeadForm, rollout: Rollout, rows: Rows
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Hidden states of the response positions, the head's weight, and the options of the ops that take them."""
+        ids, mask = rollout.sequences
+        hidden = response_hidden(model, ids[rows], mask[rows], rollout.response_ids.shape[1], bf16=self.bf16)
+        weight, bias = head_of(model, bf16=self.bf16)
+        chunk_rows = settled_chunk_rows(hidden.shape[:-1].numel(), *weight.shape, weight.dtype, weight.device)
+        options = {
+            "bias": bias,
+            "softcap": form.softcap,
+            "temperature": self.temperature / form.scale,
+            "chunk_rows": chunk_rows,
+            "impl": self.impl,
+        }
+        return hidden, weight, options
 
 
 def micro_batches(count: int, size: int) -> list[slice]:
@@ -99,9 +157,13 @@ def score_rollout(
     parts = []
     for rows in first_pass(mask.shape[0], config.minibatch_size, config.objective.micro_batch_size):
         labels = rollout.response_ids[rows]
-        logits = view.logits(actor, rollout, rows)
-        kept = kept_tokens(logits, labels, config.rollout)
-        logprobs, entropy = view.score(logits, labels, kept)
+        if truncates(config.rollout):
+            logits = view.logits(actor, rollout, rows)
+            kept = kept_tokens(logits, labels, config.rollout)
+            logprobs, entropy = view.score(logits, labels, kept)
+        else:
+            kept = None
+            logprobs, entropy = view(actor, rollout, rows, kept)
         ref_logprobs, _ = view(reference, rollout, rows, kept)
         parts.append(
             (logprobs, entropy, ref_logprobs, response_values(critic, rollout, rows, bf16=view.bf16), kept)
@@ -128,6 +190,11 @@ def response_values(critic: PreTrainedModel, rollout: Rollout, rows: Rows, *, bf
     return token_scores(critic, ids[rows], mask[rows], bf16=bf16)[:, -length - 1 : -1]
 
 
+def truncates(config: RolloutConfig) -> bool:
+    """Whether the sampler leaves some tokens without a chance."""
+    return config.top_p < 1.0 or config.top_k > 0
+
+
 def kept_tokens(logits: Tensor, labels: Tensor, config: RolloutConfig) -> Tensor | None:
     """Tokens that top_k and top_p leave to choose from, [.., T, V] bool, or None where both are off.
 
@@ -136,7 +203,7 @@ def kept_tokens(logits: Tensor, labels: Tensor, config: RolloutConfig) -> Tensor
     reference too (at equal weights the KL is 0). The sampled token is always in it: cached generation and scoring may
     differ in the last bits at the edge of the nucleus.
     """
-    if config.top_p >= 1.0 and config.top_k == 0:
+    if not truncates(config):
         return None
     warped = logits.float().flatten(0, -2) / config.temperature
     none = torch.empty(0, dtype=torch.long)

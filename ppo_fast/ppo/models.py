@@ -156,14 +156,16 @@ def response_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, length: i
     The head is applied to those positions only: for a prompt of P tokens the other P - 1 rows of logits are never made.
     """
     with autocast(ids.device, bf16):
-        output = model(**_inputs(model, ids, mask), logits_to_keep=length + 1, use_cache=False)
+        output = model(**model_inputs(model, ids, mask), logits_to_keep=length + 1, use_cache=False)
     return output.logits[:, -length - 1 : -1]
 
 
 def token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, bf16: bool) -> Tensor:
     """The classifier's head at every token, in float32, minus its `score_bias`. ids, mask [B, L] -> [B, L]."""
     with autocast(ids.device, bf16):
-        hidden = model.base_model(**_inputs(model.base_model, ids, mask), use_cache=False).last_hidden_state
+        hidden = model.base_model(
+            **model_inputs(model.base_model, ids, mask), use_cache=False
+        ).last_hidden_state
     head = token_head(model)
     # Not under autocast: a value in bfloat16 has two to three digits, too few for advantages.
     bias = None if head.bias is None else head.bias.float()
@@ -179,7 +181,8 @@ def last_token_scores(model: PreTrainedModel, ids: Tensor, mask: Tensor, *, bf16
     return scores.gather(1, last).squeeze(1)
 
 
-def _inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def model_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What `model.forward` takes of padded tokens."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     # Models with relative positions (ALiBi) take none and need none.
     if "position_ids" in inspect.signature(model.forward).parameters:

@@ -12,7 +12,6 @@ import ppo_fast
 from ppo_fast.ppo.config import ObjectiveConfig, OptimizerConfig
 from ppo_fast.ppo.experience import PolicyView, Rows, ScoredRollout, micro_batches, response_values
 from ppo_fast.records import Experience, PolicyLoss, ValueLoss
-from ppo_fast.reference.losses import aggregate
 
 
 class Learner:
@@ -108,28 +107,21 @@ class Updater:
     ) -> PolicyLoss:
         """Clipped policy loss of some rows, minus the entropy bonus, over `normalizer`."""
         objective = self.objective
-        mask = scored.rollout.response_mask[rows]
-        kept = None if scored.kept_tokens is None else scored.kept_tokens[rows]
-        logprobs, entropy = self.view(self.actor.model, scored.rollout, rows, kept)
-        policy = ppo_fast.policy_loss(
-            logprobs,
+        return self.view.loss(
+            self.actor.model,
+            scored.rollout,
+            rows,
+            None if scored.kept_tokens is None else scored.kept_tokens[rows],
             scored.logprobs[rows],
             experience.advantages[rows],
-            mask,
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
             dual_clip=objective.dual_clip,
+            entropy_coef=objective.entropy_coef,
             reduction=objective.reduction,
             normalizer=normalizer,
             log_ratio_clamp=objective.log_ratio_clamp,
-            impl=self.view.impl,
         )
-        loss = policy.loss
-        if objective.entropy_coef:
-            bonus = aggregate(entropy.masked_fill(~mask, 0.0), mask, objective.reduction, normalizer)
-            loss = loss - objective.entropy_coef * bonus
-        mean_entropy = ppo_fast.masked_mean(entropy.detach(), mask)
-        return PolicyLoss(loss, policy.logprobs, entropy.detach(), {**policy.stats, "entropy": mean_entropy})
 
     def value_loss(
         self, scored: ScoredRollout, experience: Experience, rows: Rows, normalizer: Tensor

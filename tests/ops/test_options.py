@@ -13,7 +13,7 @@ HALF = torch.full((4, 5), 0.5, dtype=torch.float64)
 RANDOM = torch.Generator().manual_seed(3)
 DENSE = torch.randn(4, 5, generator=RANDOM, dtype=torch.float64)
 PER_ROW = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
-CHANGES_NO_NUMBER = {"inplace_backward"}
+CHANGES_NO_NUMBER = {"inplace_backward", "chunk_rows", "compact"}
 
 TEMPERATURE = {"temperature": HALF}
 SURROGATE = {
@@ -32,7 +32,7 @@ SHAPING = {
     "token_rewards": DENSE,
 }
 SCAN = {"gamma": 0.5, "lam": 0.4, "mask_rule": "multiply", "bootstrap": PER_ROW}
-HEAD = {"bias": torch.arange(7).double(), "softcap": 0.5}
+HEAD = {"bias": torch.arange(7).double(), "softcap": 0.5, "chunk_rows": 2, "compact": False}
 REF_HEAD = {"ref_bias": -torch.arange(7).double()}
 REF_LOGITS = torch.zeros(4, 5, 7, dtype=torch.float64)
 OPTIONS: dict[str, dict[str, Any]] = {

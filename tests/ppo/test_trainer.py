@@ -49,14 +49,14 @@ def test_the_first_pass_trains_in_the_company_that_was_scored(
     from ppo_fast.ppo.experience import PolicyView
 
     seen: list[Any] = []
-    logits = PolicyView.logits
+    from_hidden = PolicyView._from_hidden
 
-    def noted(self: PolicyView, model: Any, rollout: Any, rows: Any) -> torch.Tensor:
+    def noted(self: PolicyView, model: Any, form: Any, rollout: Any, rows: Any) -> Any:
         if model is trainer.actor.model:
             seen.append(rows)
-        return logits(self, model, rollout, rows)
+        return from_hidden(self, model, form, rollout, rows)
 
-    monkeypatch.setattr(PolicyView, "logits", noted)
+    monkeypatch.setattr(PolicyView, "_from_hidden", noted)
     trainer = world.trainer(world.config(objective={"minibatches": minibatches, "micro_batch_size": micro}))
     scored = trainer.score(trainer.sample(world.prompts))
     scoring, seen[:] = list(seen), []
