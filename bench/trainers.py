@@ -1,8 +1,8 @@
 """The experience stage of verl and OpenRLHF and the GAE of torchrl, from their packages, imported only when timed.
 
-`make test` installs the first two, `make peers` the third. Their functions are called as their trainers call them, and on
-what these hold by then: `held` turns the inputs of the suite into that, outside the clock. What stands in masked slots of
-a result is theirs.
+`make test` installs the first two, `make peers` the third. Their functions are called as their trainers call them, and
+on what these hold by then: `held` turns the inputs of the suite into that, outside the clock. What stands in masked
+slots of a result is theirs.
 """
 
 import importlib.util
