@@ -114,12 +114,19 @@ def patched(trainer: str) -> None:
         ppo_fast.patch(trainer)
 
 
+def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], half: bool) -> None:
+    """By the size of the difference: in half precision one rounding of a log-probability moves its ratio."""
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine - theirs).double().norm() <= (0.05 if half else 1e-4) * theirs.double().norm()
+
+
 def compare(
     benchmark: BenchmarkFixture,
     trainer: str,
     call: Callable[[], Callable[[], tuple[Tensor, ...]]],
     moved: int,
     rounds: int,
+    half: bool = False,
 ) -> None:
     """Time what `call` makes without the patch and with it; each is made and run in its own state."""
     before = call()
@@ -127,8 +134,7 @@ def compare(
     patched(trainer)
     try:
         after = call()
-        # Half precision: the originals round at every step.
-        torch.testing.assert_close(after(), expected, rtol=2e-2, atol=1e-4)
+        assert_same(after(), expected, half)
         memory = extra_bytes(after)
         ppo_fast.unpatch()
         del expected
@@ -173,4 +179,4 @@ def test_loss_step(benchmark: BenchmarkFixture, trainer: str, case: Case) -> Non
         step = LOSSES[trainer]()
         return lambda: learns(step, inputs)
 
-    compare(benchmark, trainer, call, 2 * case.bytes, ROUNDS)
+    compare(benchmark, trainer, call, 2 * case.bytes, ROUNDS, half=case.dtype != torch.float32)

@@ -83,20 +83,37 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     Raises:
         ValueError: unbiased, and the mask sums to 0 or 1.
     """
-    if unbiased:
-        count = mask.sum()
-        if count == 0:
-            raise ValueError("At least one element in the mask has to be 1.")
-        if count == 1:
-            raise ValueError("The sum of the mask is one, which can cause a division by zero.")
+    count = _enough(mask.sum()) if unbiased else None
     if _fusable(values, mask):
         return ppo_fast.masked_var(values, mask, unbiased=unbiased).to(_mean_dtype(values, mask))
     variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
-    return variance * (count / (count - 1)) if unbiased else variance
+    return variance if count is None else variance * (count / (count - 1))
+
+
+def _enough(count: Tensor) -> Tensor:
+    """`count`, which an unbiased variance divides by less 1."""
+    if count == 0:
+        raise ValueError("At least one element in the mask has to be 1.")
+    if count == 1:
+        raise ValueError("The sum of the mask is one, which can cause a division by zero.")
+    return count
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(values - mean) / sqrt(var + 1e-8), the mean added back unless `shift_mean`; in masked slots too."""
     mean, variance = masked_mean(values, mask), masked_var(values, mask)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return whitened if shift_mean else whitened + mean
+    return _whitened(values, mean, variance) if shift_mean else _whitened(values, mean, variance).add_(mean)
+
+
+def whitened(values: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+    """`masked_whiten` under a mask of bools, whose sum is known."""
+    _enough(count)
+    mean, variance = (
+        ppo_fast.masked_mean(values, counted),
+        ppo_fast.masked_var(values, counted, unbiased=True),
+    )
+    return _whitened(values, mean, variance)
+
+
+def _whitened(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return (values - mean).mul_(torch.rsqrt(variance + 1e-8))
