@@ -54,8 +54,10 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     return (2 * once - sharpened).exp().to(logits.dtype)
 
 
-def _fusable(values: Tensor, mask: Tensor) -> bool:
-    """Whether our moments mean the same: a weight for each slot, a broadcast and integers they do not know."""
+def fusable(values: Tensor, mask: Tensor) -> bool:
+    """Whether our moments mean the same: weights, a broadcast, integers and nested tensors they do not know."""
+    if values.is_nested or mask.is_nested:
+        return False
     return values.is_floating_point() and values.shape == mask.shape and contract.zero_one(mask)
 
 
@@ -72,7 +74,7 @@ def masked_sum(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """sum(values * mask) / (sum(mask) + 1e-8): 0 for an empty mask."""
-    if not isinstance(axis, tuple) and _fusable(values, mask):
+    if not isinstance(axis, tuple) and fusable(values, mask):
         return ppo_fast.masked_mean(values, mask, axis).to(_mean_dtype(values, mask))
     return masked_sum(values, mask, axis) / (mask.sum(axis) + 1e-8)
 
@@ -84,7 +86,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
         ValueError: unbiased, and the mask sums to 0 or 1.
     """
     count = _enough(mask.sum()) if unbiased else None
-    if _fusable(values, mask):
+    if fusable(values, mask):
         return ppo_fast.masked_var(values, mask, unbiased=unbiased).to(_mean_dtype(values, mask))
     variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
     return variance if count is None else variance * (count / (count - 1))
