@@ -33,7 +33,15 @@ ROOT = HERE.parent
 SHORTEST = 15.0  # seconds: less is not enough to import torch and compile a kernel
 GRACE = 20.0  # seconds for an interrupted pytest to write its results
 # In order of importance.
-SUITES = ("test_policy_loss", "test_linear", "test_logprob", "test_kl", "test_tokens", "test_experience")
+SUITES = (
+    "test_policy_loss",
+    "test_linear",
+    "test_logprob",
+    "test_kl",
+    "test_tokens",
+    "test_experience",
+    "test_integrations",
+)
 SMOKE = ["-k", "8x257 and not compile"]
 
 

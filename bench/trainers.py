@@ -1,7 +1,8 @@
 """The experience stage of verl and OpenRLHF and the GAE of torchrl, from their packages, imported only when timed.
 
-`make peers` installs them. Their functions are called as their trainers call them, and on what these hold by then:
-`held` turns the inputs of the suite into that, outside the clock. What stands in masked slots of a result is theirs.
+`make test` installs the first two, `make peers` the third. Their functions are called as their trainers call them, and
+on what these hold by then: `held` turns the inputs of the suite into that, outside the clock. What stands in masked
+slots of a result is theirs.
 """
 
 import importlib.util
@@ -20,6 +21,9 @@ from torch import Tensor
 
 # Versions: verl 0.9.1, openrlhf 0.11.2, torchrl 0.10.1 (the newest beside verl's tensordict; its GAE is 0.14.1's).
 OPS = {"experience": ("verl", "openrlhf"), "gae": ("torchrl",)}
+# What OpenRLHF's numerics, verl's among them, never reach.
+OPENRLHF = ("ray", "deepspeed", "openrlhf.trainer.ray.launcher")
+OPENRLHF_HOLLOW = ("openrlhf.models", "openrlhf.utils")
 UNBIASED = ("verl",)  # whitens by the variance that divides by n - 1
 
 
@@ -86,12 +90,7 @@ def verl_experience() -> Function:
 
 
 def openrlhf_experience() -> Function:
-    with stand_ins(
-        "ray",
-        "deepspeed",
-        "openrlhf.trainer.ray.launcher",
-        hollow=("openrlhf.models", "openrlhf.utils"),
-    ):
+    with stand_ins(*OPENRLHF, hollow=OPENRLHF_HOLLOW):
         from openrlhf.models.utils import compute_approx_kl, compute_reward
         from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 

@@ -61,9 +61,13 @@ def test_suites(tmp_path: Path) -> None:
             own = {"copy", "clone", "source"} | ({"chunked"} if benchmark["params"]["op"] == "gae" else set())
             assert set(facts["seconds"]) == own | present | {"ours"}
             assert all(facts[f"times_{name}"] > 0 for name in own | present)
+        if suite in ("test_experience_stage", "test_loss_step"):
+            assert facts["times_before"] > 0
+            assert {"peak_extra_bytes", "peak_extra_bytes_before"} <= set(facts)
     heads = sum(
         importlib.util.find_spec(name) is not None for name in ("liger_kernel", "trl", "verl", "openrlhf")
     )
+    trainers = sum(importlib.util.find_spec(name) is not None for name in ("verl", "openrlhf"))
     # Implementations x works or objectives x ops: fused (twice in the policy loss) and eager; compile is left out.
     assert count == {
         "test_logprob": 2 * 2 * 3,
@@ -74,6 +78,7 @@ def test_suites(tmp_path: Path) -> None:
         **dict.fromkeys(RATIOS, 1),
         "test_linear": 3 * 2 + heads,
         "test_active_rows": 2,
+        **dict.fromkeys(("test_experience_stage", "test_loss_step"), trainers),
     }
 
 

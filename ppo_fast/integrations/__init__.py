@@ -23,7 +23,8 @@ That is all: the signature to expect of the original is that of ours. Further fi
 dicts that hold the original as a value; `signature_of`, for a name whose own signature says nothing, like `apply` of an
 autograd.Function; `static`, to put a function without `self` on a class. Add the trainer's name to TRAINERS in
 patch.py. A replacement keeps the contract of its original to the letter: dtype, what masked slots hold, NaN, errors;
-README.md in this folder says where our own op would give something better.
+README.md in this folder says where our own op would give something better. `patch(..., strict=False)` asks for that:
+a replacement that works to give the original's NaN asks `contract.strict()` first.
 """
 
 from ppo_fast.integrations.patch import Integration, Patch, PatchError, Replacement, patch, unpatch

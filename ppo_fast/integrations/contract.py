@@ -35,12 +35,15 @@ def zero_one(mask: Tensor) -> bool:
         return True
     if mask.device.type != "cpu":
         return not mask.is_floating_point()
-    return bool(((mask == 0) | (mask == 1)).all())
+    if mask.is_floating_point():
+        return bool(((mask == 0) | (mask == 1)).all())
+    least, most = mask.aminmax() if mask.numel() else (0, 1)
+    return bool(least >= 0) and bool(most <= 1)
 
 
 def require_zero_one(op: str, name: str, mask: Tensor) -> None:
     """Refuse a mask that weighs its slots: a fused loss knows only slots that count and slots that do not."""
-    if mask.is_floating_point() and mask.device.type == "cpu" and not zero_one(mask):
+    if mask.device.type == "cpu" and not zero_one(mask):
         raise ValueError(f"{op}: `{name}` has entries other than 0 and 1, expected a mask")
 
 

@@ -175,9 +175,11 @@ def unpatch(*trainers: str) -> None:
     Warns:
         RuntimeWarning: someone else has replaced a name after us; theirs stays.
     """
+    unknown = [name for name in trainers if name not in TRAINERS]
+    if unknown:
+        got = ", ".join(map(repr, unknown))
+        raise ValueError(f"unpatch: `trainers` has {got}, expected some of {', '.join(TRAINERS)}")
     for name in trainers or tuple(_patched):
-        if name not in TRAINERS:
-            raise ValueError(f"unpatch: `trainers` has {name!r}, expected some of {', '.join(TRAINERS)}")
         for one in reversed(_patched.pop(name, [])):
             _restore(one)
     if not _patched:

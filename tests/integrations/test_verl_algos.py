@@ -308,7 +308,7 @@ def test_policy_losses_keep_what_is_not_finite(
 
 def test_policy_loss_at_its_ties_and_clamps(verl: SimpleNamespace, same: Check) -> None:
     """Ratio 1, exactly at both clips and at the dual clip, at and past the clamp of the log-ratio; zero advantages."""
-    gaps = torch.tensor([0.0, 0.5, -0.5, 1.0, 2.0, 20.0, -20.0, 25.0, -25.0, 0.0]).exp2().log2()
+    gaps = torch.tensor([0.0, 0.5, -0.5, 1.0, 2.0, 20.0, -20.0, 25.0, 30.0, 0.0])  # ppo_kl shows the clamp
     new = torch.cat([gaps, gaps, gaps]).view(3, -1)
     advantages = torch.tensor([[1.0], [-1.0], [0.0]]).expand_as(new).contiguous()
     config = actor(verl, clip_ratio_low=0.5, clip_ratio_high=1.0, clip_ratio_c=4.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.integrations import contract
-from ppo_fast.integrations.verl.torch_functional import masked_whiten
+from ppo_fast.integrations.verl.torch_functional import whitened
 from ppo_fast.records import KlKind
 
 LOG_RATIO_CLAMP = 20.0
@@ -43,42 +43,42 @@ def compute_gae_advantage_return(
         1 - response_mask.new_empty(0)  # torch's own refusal of a bool mask
         contract.require_zero_one("compute_gae_advantage_return", "response_mask", response_mask)
         batch = len(values)
-        counted = response_mask != 0
+        counted, lengths = response_mask != 0, response_mask.sum(1)
         advantages, _ = ppo_fast.gae(
             token_level_rewards,
             values,
-            response_mask,
+            counted,
             gamma=_per_row(gamma, batch),
             lam=_per_row(lam, batch),
             mask_rule="carry",
         )
-        advantages = _carried(advantages, counted)
+        advantages = _carried(advantages, counted, lengths)
         if contract.strict():
-            advantages = _spoilt(advantages, ~counted, token_level_rewards, values)
+            advantages = _spoilt(advantages, counted, token_level_rewards, values)
         advantages = advantages.to(contract.promoted(token_level_rewards, values, response_mask))
-        return masked_whiten(advantages, response_mask), advantages + values
+        return whitened(advantages, counted, lengths.sum()), advantages + values
 
 
 def _per_row(coefficient: float | Tensor, batch: int) -> float | Tensor:
     return coefficient.expand(batch) if isinstance(coefficient, Tensor) else coefficient
 
 
-def _carried(advantages: Tensor, counted: Tensor) -> Tensor:
+def _carried(advantages: Tensor, counted: Tensor, lengths: Tensor) -> Tensor:
     """Put the advantage of the next counted slot, or 0, into every masked slot."""
-    resumes = counted[:, 1:] & ~counted[:, :-1]
-    if advantages.device.type == "cpu" and not resumes.any():
-        return advantages  # masked slots only follow, and hold 0
     steps = counted.shape[1]
-    slot = torch.where(counted, torch.arange(steps, device=counted.device), steps)
+    slots = torch.arange(steps, device=counted.device)
+    if advantages.device.type == "cpu" and torch.equal(counted, slots < lengths.unsqueeze(1)):
+        return advantages  # masked slots only follow, and hold 0
+    slot = torch.where(counted, slots, steps)
     following = slot.flip(1).cummin(1).values.flip(1)
     return torch.nn.functional.pad(advantages, (0, 1)).gather(1, following)
 
 
-def _spoilt(advantages: Tensor, masked: Tensor, *inputs: Tensor) -> Tensor:
+def _spoilt(advantages: Tensor, counted: Tensor, *inputs: Tensor) -> Tensor:
     """NaN from the last masked slot whose reward or value is not finite back to the start of its row."""
-    bad = masked & ~torch.stack([x.isfinite() for x in inputs]).all(0)
-    if bad.device.type == "cpu" and not bad.any():
-        return advantages
+    if counted.device.type == "cpu" and all(x.sum().isfinite() for x in inputs):
+        return advantages  # one that is not finite would show in the sum
+    bad = ~counted & ~torch.stack([x.isfinite() for x in inputs]).all(0)
     return torch.where(bad.flip(1).cumsum(1).flip(1) > 0, torch.nan, advantages)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.integrations import contract
-from ppo_fast.integrations.verl.torch_functional import masked_mean, masked_sum
+from ppo_fast.integrations.verl.torch_functional import fusable, masked_mean, masked_sum
 
 LOG_RATIO_CLAMP = 20.0
 SEQUENCE_LOG_RATIO_CLAMP = 10.0
@@ -43,7 +43,7 @@ def agg_loss(
         if loss_agg_mode == "seq-mean-token-mean":
             totals = totals / (lengths + 1e-8)
         total = masked_sum(totals, (lengths > 0).float())
-    elif loss_mat.is_floating_point() and loss_mat.shape == loss_mask.shape and contract.zero_one(loss_mask):
+    elif fusable(loss_mat, loss_mask):
         dtype = contract.promoted(loss_mat, loss_mask)
         total = (ppo_fast.masked_mean(loss_mat, loss_mask) * loss_mask.sum()).to(dtype)
     else:

@@ -54,8 +54,10 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     return (2 * once - sharpened).exp().to(logits.dtype)
 
 
-def _fusable(values: Tensor, mask: Tensor) -> bool:
-    """Whether our moments mean the same: a weight for each slot, a broadcast and integers they do not know."""
+def fusable(values: Tensor, mask: Tensor) -> bool:
+    """Whether our moments mean the same: weights, a broadcast, integers and nested tensors they do not know."""
+    if values.is_nested or mask.is_nested:
+        return False
     return values.is_floating_point() and values.shape == mask.shape and contract.zero_one(mask)
 
 
@@ -72,7 +74,7 @@ def masked_sum(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """sum(values * mask) / (sum(mask) + 1e-8): 0 for an empty mask."""
-    if not isinstance(axis, tuple) and _fusable(values, mask):
+    if not isinstance(axis, tuple) and fusable(values, mask):
         return ppo_fast.masked_mean(values, mask, axis).to(_mean_dtype(values, mask))
     return masked_sum(values, mask, axis) / (mask.sum(axis) + 1e-8)
 
@@ -83,20 +85,37 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     Raises:
         ValueError: unbiased, and the mask sums to 0 or 1.
     """
-    if unbiased:
-        count = mask.sum()
-        if count == 0:
-            raise ValueError("At least one element in the mask has to be 1.")
-        if count == 1:
-            raise ValueError("The sum of the mask is one, which can cause a division by zero.")
-    if _fusable(values, mask):
+    count = _enough(mask.sum()) if unbiased else None
+    if fusable(values, mask):
         return ppo_fast.masked_var(values, mask, unbiased=unbiased).to(_mean_dtype(values, mask))
     variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
-    return variance * (count / (count - 1)) if unbiased else variance
+    return variance if count is None else variance * (count / (count - 1))
+
+
+def _enough(count: Tensor) -> Tensor:
+    """`count`, which an unbiased variance divides by less 1."""
+    if count == 0:
+        raise ValueError("At least one element in the mask has to be 1.")
+    if count == 1:
+        raise ValueError("The sum of the mask is one, which can cause a division by zero.")
+    return count
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(values - mean) / sqrt(var + 1e-8), the mean added back unless `shift_mean`; in masked slots too."""
     mean, variance = masked_mean(values, mask), masked_var(values, mask)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return whitened if shift_mean else whitened + mean
+    return _whitened(values, mean, variance) if shift_mean else _whitened(values, mean, variance).add_(mean)
+
+
+def whitened(values: Tensor, counted: Tensor, count: Tensor) -> Tensor:
+    """`masked_whiten` under a mask of bools, whose sum is known."""
+    _enough(count)
+    mean, variance = (
+        ppo_fast.masked_mean(values, counted),
+        ppo_fast.masked_var(values, counted, unbiased=True),
+    )
+    return _whitened(values, mean, variance)
+
+
+def _whitened(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return (values - mean).mul_(torch.rsqrt(variance + 1e-8))
