@@ -68,8 +68,15 @@ def chunked_logprobs(
         if strict() and entropy is not None and bias is not None and final_logit_softcapping is None:
             # TRL has 0 * inf in the entropy where the bias forbids a token.
             entropy = entropy * torch.where((bias.detach() == -torch.inf).any(), torch.nan, 1.0)
-        detached = [None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias)]
-        rest = _statistics(head, *detached, labels, min(chunk_size, _TILE_COLUMNS), outputs)
+        rest = _statistics(
+            head,
+            hidden.detach().to(dtype),
+            weight.detach().to(dtype),
+            None if bias is None else bias.detach().to(dtype),
+            labels,
+            min(chunk_size, _TILE_COLUMNS),
+            outputs,
+        )
     return LMHeadOutputs(logprobs, entropy, *rest)
 
 
