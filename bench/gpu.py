@@ -41,6 +41,7 @@ SUITES = (
     "test_tokens",
     "test_experience",
     "test_integrations",
+    "test_stages",
 )
 SMOKE = ["-k", "8x257 and not compile"]
 

@@ -17,22 +17,23 @@ from measure import DEVICE
 from pytest_benchmark.fixture import BenchmarkFixture
 from stages import PACKAGES, TRAINERS
 
-SIZE = (
-    ("--sequences", "8", "--tokens", "128", "--vocab", "32000")
-    if DEVICE == "cpu"
-    else ("--sequences", "32", "--tokens", "256", "--vocab", "128256")
-)
+SIZES = {"8x257": (2, 4, 257), "1024x32000": (8, 128, 32000), "8192x128256": (32, 256, 128256)}
+LARGE = "1024x32000" if DEVICE == "cpu" else "8192x128256"
+# The smallest is for the test that the suite runs at all.
+CASES = [("deepspeed_chat", "8x257"), ("trl-1.16", "8x257"), *((trainer, LARGE) for trainer in TRAINERS)]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_stages(benchmark: BenchmarkFixture, trainer: str, when: str) -> None:
+@pytest.mark.parametrize(("trainer", "size"), CASES)
+def test_stages(benchmark: BenchmarkFixture, trainer: str, size: str, when: str) -> None:
     if trainer.startswith("trl-") and not (PACKAGES / f"{trainer}.0").exists():
         pytest.skip(f"{PACKAGES / trainer}.0 is missing: `make test` makes it")
+    names = ("--sequences", "--tokens", "--vocab")
+    options = [x for name, number in zip(names, SIZES[size], strict=True) for x in (name, str(number))]
 
     def child() -> dict[str, dict[str, float]]:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "stages.py"), trainer, when, *SIZE],
+            [sys.executable, str(Path(__file__).parent / "stages.py"), trainer, when, *options],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONSAFEPATH": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
