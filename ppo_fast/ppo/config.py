@@ -185,10 +185,20 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm, each model apart. 0 = no clipping, norms still logged."""
+    max_skipped_updates: int = 8
+    """Updates in a row that may be skipped because a loss or gradient is not finite; one more ends the run.
+    0: the first ends it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("actor_lr", "critic_lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in (
+            "actor_lr",
+            "critic_lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_skipped_updates",
+        ):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), f"optimizer.{name}", value, "a number >= 0")
         _positive(self, "optimizer", "eps")
@@ -228,9 +238,10 @@ class CheckpointConfig:
     """Resumable state, apart from the final models."""
 
     every: int = 0
-    """Steps between checkpoints. 0: none. A checkpoint holds weights and optimiser state of actor and critic."""
-    keep: int = 1
-    """Newest checkpoints that are kept."""
+    """Steps between checkpoints. 0: none but the one that SIGTERM asks for. A checkpoint holds weights and optimiser
+    state of actor and critic, and everything else that an exact resume takes."""
+    keep: int = 2
+    """Newest checkpoints that are kept. With 2 there is one to go back to where the newest is damaged."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -248,8 +259,9 @@ class PPOConfig:
     """PPO steps: batches of rollouts."""
     seed: int = 0
     """Seeds prompts' order, sampling and fresh value heads."""
-    resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the newest checkpoint in output_dir, or start if there is none."""
+    resume: str = "never"
+    """`auto`: go on from the newest checkpoint in output_dir, or start if there is none. A folder: go on from that
+    checkpoint of output_dir. `never`: output_dir must be new or empty."""
     tensorboard: bool = True
     """Write event files to output_dir/tensorboard."""
     impl: Literal["auto", "reference"] = "auto"
@@ -275,6 +287,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Check what no single section can see."""
         _positive(self, "", "steps")
+        _require(bool(self.resume), "resume", self.resume, "`never`, `auto` or the folder of a checkpoint")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2**32)")
         batch, minibatches = self.rollout.batch_size, self.objective.minibatches
         if batch % minibatches:
@@ -295,6 +308,18 @@ class PPOConfig:
     def optimizer_steps(self) -> int:
         """Optimiser steps of the whole run, for the schedules."""
         return self.steps * self.objective.epochs * self.objective.minibatches
+
+
+def differing_settings(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two nested dicts differ, such as `objective.kl_coef`."""
+    names = []
+    for name in sorted(set(one) | set(other)):
+        ours, theirs = one.get(name), other.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names += differing_settings(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            names.append(prefix + name)
+    return names
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:

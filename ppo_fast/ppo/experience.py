@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 import ppo_fast
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
+from ppo_fast.ppo.interruption import StopSignal
 from ppo_fast.ppo.models import response_logits, token_scores
 from ppo_fast.ppo.rewards import Reward
 from ppo_fast.records import Experience, Rollout
@@ -89,15 +90,20 @@ def score_rollout(
     reward: Reward,
     view: PolicyView,
     config: PPOConfig,
+    stop: StopSignal | None = None,
 ) -> ScoredRollout:
     """Ask the four models. They work in the micro-batches in which the first epoch will train.
 
     A row's logits may differ in the last bits with the rows round it, so scoring in the same company makes the first
     ratio of the update 1 exactly, not nearly.
+
+    Raises Interrupted, between micro-batches, once a stop was asked for.
     """
+    stop = stop or StopSignal()
     mask = rollout.response_mask
     parts = []
     for rows in first_pass(mask.shape[0], config.minibatch_size, config.objective.micro_batch_size):
+        stop.check()
         labels = rollout.response_ids[rows]
         logits = view.logits(actor, rollout, rows)
         kept = kept_tokens(logits, labels, config.rollout)

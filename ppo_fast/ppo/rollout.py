@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ppo_fast.ppo.config import RolloutConfig
+from ppo_fast.ppo.interruption import EndGeneration, StopSignal
 from ppo_fast.ppo.models import autocast, vocabulary_size
 from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.records import Rollout
@@ -120,12 +121,16 @@ def generate(
     config: RolloutConfig,
     *,
     bf16: bool = False,
+    stop: StopSignal | None = None,
 ) -> Rollout:
     """One sampled response a prompt, from softmax(logits / temperature) and nothing else unless top_p or top_k ask.
 
     The model's own generation settings (repetition penalty, minimum length, top-k 50 by default) are set aside while
     sampling: each would make the sampled distribution another one than the scored one, and the KL meaningless.
+
+    Raises Interrupted within one token of a stop that was asked for.
     """
+    stop = stop or StopSignal()
     size = config.generation_batch_size or len(prompts)
     ends = end_token_ids(actor, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
@@ -138,7 +143,9 @@ def generate(
                 input_ids=ids[rows],
                 attention_mask=mask[rows].long(),
                 generation_config=sampling_config(config, ends, pad),
+                stopping_criteria=[EndGeneration(stop)],
             )
+            stop.check()
             chunks.append(_widen(sampled[:, ids.shape[1] :], config.max_new_tokens, pad))
     response_ids = torch.cat(chunks)
     response_mask = counted_tokens(response_ids, ends)

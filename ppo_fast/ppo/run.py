@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ppo_fast.ppo import models
 from ppo_fast.ppo.config import PPOConfig
 from ppo_fast.ppo.evaluate import Evaluation
+from ppo_fast.ppo.interruption import Interrupted, StopSignal
 from ppo_fast.ppo.recorder import Recorder, check_folder, drop_after, open_folder
 from ppo_fast.ppo.rewards import Reward, load_function, load_reward, token_models
 from ppo_fast.ppo.rollout import Prompt, encode_prompts
@@ -32,6 +33,7 @@ from ppo_fast.report import (
     write_report,
 )
 
+CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"  # written last: what is in the folder then is all there
 PROMPT_KEYS = [("prompt",), ("messages",)]
 
@@ -42,30 +44,46 @@ def train(config: PPOConfig) -> Path:
     config.yaml, environment.json, metrics.jsonl, samples.jsonl, tensorboard/, checkpoints/ (if asked for), actor/ and
     critic/ (save_pretrained layout, model card), report.html, its PNG curves, and finished.json.
 
-    A finished run that is resumed is reported again and not trained further.
+    A finished run that is resumed is reported again and not trained further. SIGTERM stops a run within one micro-batch
+    (or one sampled token), saves a checkpoint and returns; with `resume` it goes on as if it had never been stopped.
 
     Raises:
         ValueError, FileNotFoundError: a setting, a file or a model is not usable; nothing was written then.
         RewardError: a reward function failed while training; the run folder keeps what was done.
+        FloatingPointError: more updates in a row than `optimizer.max_skipped_updates` were not finite.
     """
     folder = Path(config.output_dir)
-    resume = config.resume == "auto"
+    resume = config.resume != "never"
     refuse_before_loading(config)
     check_folder(folder, config.to_dict(), resume=resume)
     if resume and (folder / FINISHED).is_file():
         tqdm.write(f"{folder} holds a finished run")
         _print(folder, config)
         return folder
-    trainer = build_trainer(config)
-    open_folder(folder, config.to_dict())
-    write_whole(folder / "environment.json", json.dumps(describe_environment(), indent=1))
-    if trainer.restore(folder / "checkpoints"):
-        tqdm.write(f"resuming after step {trainer.steps_done}")
-    # Without a checkpoint nothing of an interrupted run counts, the evaluation before its first step included.
-    drop_after(folder, trainer.steps_done if trainer.steps_done else -1)
-    with Recorder(folder, tensorboard=config.tensorboard, first_step=trainer.steps_done + 1) as recorder:
-        _loop(trainer, config, recorder, folder)
-    _save(trainer, config, folder)
+    stop = StopSignal()
+    with stop.listening():
+        trainer = build_trainer(config, stop)
+        resumed = trainer.restore(folder / CHECKPOINTS, config.resume)
+        open_folder(folder, config.to_dict())
+        write_whole(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+        if resumed:
+            tqdm.write(f"resuming {_place(trainer)}")
+        # Without a checkpoint nothing of an interrupted run counts, the evaluation before its first step included.
+        drop_after(
+            folder, trainer.steps_done if resumed else -1, evaluated=trainer.evaluated == trainer.steps_done
+        )
+        try:
+            with Recorder(
+                folder, tensorboard=config.tensorboard, first_step=trainer.steps_done + 1
+            ) as recorder:
+                _loop(trainer, config, recorder, folder)
+        except Interrupted:
+            saved = trainer.save_checkpoint(folder / CHECKPOINTS)
+            tqdm.write(
+                f"SIGTERM: stopped {_place(trainer)} and saved {saved}; resume=auto goes on from there"
+            )
+            return folder
+        _save(trainer, config, folder)
     _print(folder, config)
     return folder
 
@@ -80,7 +98,7 @@ def refuse_before_loading(config: PPOConfig) -> None:
         raise ValueError("rewards is empty, expected at least one `model` or `function`")
 
 
-def build_trainer(config: PPOConfig) -> PPOTrainer:
+def build_trainer(config: PPOConfig, stop: StopSignal | None = None) -> PPOTrainer:
     """Read the data and load the four models as `config` names them, every check included."""
     set_seed(config.seed)
     transformers_logging.disable_progress_bar()
@@ -106,6 +124,7 @@ def build_trainer(config: PPOConfig) -> PPOTrainer:
         prompts=prompts,
         eval_prompts=eval_prompts,
         judges=judges,
+        stop=stop,
     )
 
 
@@ -139,21 +158,36 @@ def load_critic(
 
 
 def _loop(trainer: PPOTrainer, config: PPOConfig, recorder: Recorder, folder: Path) -> None:
-    every = config.evaluation.every
-    if trainer.steps_done == 0:
-        _evaluate(trainer, recorder)
     bar = tqdm(total=config.steps, initial=trainer.steps_done, desc="PPO", unit="step", dynamic_ncols=True)
     with bar:
-        while trainer.steps_done < config.steps:
+        while True:
+            trainer.stop.check()
+            done = trainer.steps_done
+            if _is_due(config, done) and trainer.evaluated != done:
+                _evaluate(trainer, recorder)
+            if done == config.steps:
+                return
+            every = config.checkpoint.every
+            if every and done and done % every == 0 and trainer.progress is None:
+                trainer.save_checkpoint(folder / CHECKPOINTS)
             metrics = trainer.step()
             step = trainer.steps_done
             recorder.metrics({"step": step, "episode": step * config.rollout.batch_size, **metrics})
             bar.set_postfix_str(_postfix(metrics))
             bar.update()
-            if step == config.steps or (every and step % every == 0):
-                _evaluate(trainer, recorder)
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.steps:
-                trainer.save_checkpoint(folder / "checkpoints")
+
+
+def _is_due(config: PPOConfig, step: int) -> bool:
+    """Whether there is an evaluation after `step`: before the first, after the last, and every so many."""
+    every = config.evaluation.every
+    return step in (0, config.steps) or bool(every and step % every == 0)
+
+
+def _place(trainer: PPOTrainer) -> str:
+    """Where a run stands, in words."""
+    if trainer.progress is None:
+        return f"after step {trainer.steps_done}"
+    return f"in step {trainer.steps_done + 1}, after {len(trainer.progress.updates)} of its updates"
 
 
 def _postfix(metrics: dict[str, float]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import ppo_fast
-from ppo_fast.ppo.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from ppo_fast.ppo.checkpoint import Checkpoints, Position
 from ppo_fast.ppo.config import PPOConfig
 from ppo_fast.ppo.evaluate import Evaluation, Evaluator
 from ppo_fast.ppo.experience import (
@@ -25,10 +27,13 @@ from ppo_fast.ppo.experience import (
     micro_batches,
     score_rollout,
 )
+from ppo_fast.ppo.interruption import Interrupted, StopSignal
 from ppo_fast.ppo.models import check_reads_vocabulary, check_same_vocabulary, freeze
 from ppo_fast.ppo.objectives import AdaptiveKLController
+from ppo_fast.ppo.progress import StepInProgress
 from ppo_fast.ppo.rewards import Reward, RewardFunction, token_models
 from ppo_fast.ppo.rollout import Prompt, PromptSampler, check_prompts, generate
+from ppo_fast.ppo.state import Part, Saved, State, load_random_state, random_state
 from ppo_fast.ppo.update import Learner, Updater, UpdateStats
 from ppo_fast.records import Experience, Rollout
 
@@ -47,6 +52,7 @@ class PPOTrainer:
         prompts: training prompts, encoded (`rollout.encode_prompts`).
         eval_prompts: held-out prompts; empty for no evaluation.
         judges: outside judges of held-out responses, by name.
+        stop: says when to stop, between tokens and micro-batches. None: one that nobody hears.
 
     Raises:
         ValueError: vocabularies of actor and reference differ, a model that reads tokens lacks some or has too short a
@@ -65,6 +71,7 @@ class PPOTrainer:
         prompts: Sequence[Prompt],
         eval_prompts: Sequence[Prompt] = (),
         judges: dict[str, RewardFunction] | None = None,
+        stop: StopSignal | None = None,
     ) -> None:
         if not prompts:
             raise ValueError("prompts is empty, expected at least one prompt")
@@ -84,7 +91,15 @@ class PPOTrainer:
         optimizer, total = config.optimizer, config.optimizer_steps
         self.actor = Learner(actor.eval(), "actor", optimizer.actor_lr, optimizer, total)
         self.critic = Learner(critic.eval(), "critic", optimizer.critic_lr, optimizer, total)
-        self.updater = Updater(self.actor, self.critic, self.view, config.objective)
+        self.stop = stop or StopSignal()
+        self.updater = Updater(
+            self.actor,
+            self.critic,
+            self.view,
+            config.objective,
+            max_skipped=optimizer.max_skipped_updates,
+            stop=self.stop,
+        )
         objective = config.objective
         self.kl = AdaptiveKLController(objective.kl_coef, objective.kl_target, objective.kl_horizon)
         self.evaluator = Evaluator(
@@ -95,38 +110,69 @@ class PPOTrainer:
             score=self._judge,
         )
         self.steps_done = 0
-        self._seconds: dict[str, float] = {}
+        self.evaluated = -1
+        """The step after which the last evaluation was, -1 for none."""
+        self.progress: StepInProgress | None = None
+        self._checkpoints: Checkpoints | None = None
         torch.manual_seed(config.seed)
 
     def step(self) -> dict[str, float]:
-        """One PPO step; returns its metrics, all finite floats, named as in the glossary."""
-        self._seconds = {}
-        # 1. Draw prompts and let the actor respond.
-        with self._timed("rollout"):
-            rollout = self.sample(self.sampler.draw(self.config.rollout.batch_size))
-        # 2. The four models: old logprobs, reference logprobs, values, scores.
-        with self._timed("scoring"):
-            scored = self.score(rollout)
-        # 3. Shape the rewards by the KL, run GAE backwards, whiten the advantages.
-        with self._timed("experience"):
-            experience = self.experience(scored)
-        # 4. Several passes over the batch: clipped policy loss, clipped value loss, one optimiser step a minibatch.
-        with self._timed("update"):
-            updates = [
-                self.updater.minibatch(scored, experience, rows)
-                for epoch in range(self.config.objective.epochs)
-                for rows in self.minibatches(epoch)
-            ]
+        """One PPO step, or the rest of one begun; returns its metrics, named as in the glossary.
+
+        All are finite floats, but for figures of the updates (NaN) where every update of the step was skipped.
+
+        Raises Interrupted where the run was asked to stop. `save_checkpoint` then stores the state before this step
+        or, once the weights have moved, before the present update, and the next `step` goes on from there.
+        """
+        begun = (self.sampler.drawn, random_state())
+        try:
+            self.progress = progress = self.progress or self._begin()
+            # 4. Several passes over the batch: clipped policy loss, clipped value loss, one optimiser step a minibatch.
+            self._update(progress)
+        except Interrupted:
+            if self.progress is None or not self.progress.updates:
+                # No weight has moved: back to where the step began, as if it had not.
+                self.progress, self.sampler.drawn = None, begun[0]
+                load_random_state(begun[1])
+            raise
         # 5. Report, then move the KL coefficient towards its target.
-        metrics = self._metrics(scored, experience, updates)
+        metrics = self._metrics(progress)
         self.kl.update(metrics["objective/kl"], self.config.rollout.batch_size)
         self.steps_done += 1
+        self.progress = None
         return metrics
+
+    def _begin(self) -> StepInProgress:
+        """The half of a step that moves no weight, and the rows of every update to come."""
+        seconds: dict[str, float] = {}
+        # 1. Draw prompts and let the actor respond.
+        with self._timed("rollout", seconds):
+            rollout = self.sample(self.sampler.draw(self.config.rollout.batch_size))
+        # 2. The four models: old logprobs, reference logprobs, values, scores.
+        with self._timed("scoring", seconds):
+            scored = self.score(rollout)
+        # 3. Shape the rewards by the KL, run GAE backwards, whiten the advantages.
+        with self._timed("experience", seconds):
+            experience = self.experience(scored)
+        epochs = range(self.config.objective.epochs)
+        plan = [rows for epoch in epochs for rows in self.minibatches(epoch)]
+        return StepInProgress(scored, experience, plan, seconds=seconds)
+
+    def _update(self, progress: StepInProgress) -> None:
+        """The updates that the step has yet to make."""
+        with self._timed("update", progress.seconds):
+            for rows in progress.remaining:
+                progress.updates.append(self.updater.minibatch(progress.scored, progress.experience, rows))
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """Responses of the present actor."""
         return generate(
-            self.actor.model, self.tokenizer, prompts, self.config.rollout, bf16=self.config.models.autocast
+            self.actor.model,
+            self.tokenizer,
+            prompts,
+            self.config.rollout,
+            bf16=self.config.models.autocast,
+            stop=self.stop,
         )
 
     def score(self, rollout: Rollout) -> ScoredRollout:
@@ -139,6 +185,7 @@ class PPOTrainer:
             reward=self.reward,
             view=self.view,
             config=self.config,
+            stop=self.stop,
         )
 
     def experience(self, scored: ScoredRollout) -> Experience:
@@ -161,44 +208,66 @@ class PPOTrainer:
 
     def evaluate(self) -> Evaluation:
         """Sample and judge the held-out prompts."""
-        return self.evaluator(self.steps_done)
+        evaluation = self.evaluator(self.steps_done)
+        self.evaluated = self.steps_done
+        return evaluation
 
     def save_checkpoint(self, root: Path) -> Path:
-        """Write everything that `restore` needs under `root`."""
-        state = {
-            "drawn": self.sampler.drawn,
-            "kl_coef": self.kl.coef,
-            "schedulers": {learner.name: learner.scheduler.state_dict() for learner in self._learners},
-        }
-        return save_checkpoint(
-            root,
-            self.steps_done,
-            models={learner.name: learner.model for learner in self._learners},
-            optimizers={learner.name: learner.optimizer for learner in self._learners},
-            state=state,
-            keep=self.config.checkpoint.keep,
-        )
+        """Write everything that `restore` needs under `root`; every rank calls it. Returns the checkpoint's folder."""
+        update = len(self.progress.updates) if self.progress else 0
+        return self._at(root).save(Position(self.steps_done, update), self._parts)
 
-    def restore(self, root: Path) -> bool:
-        """Go back to the newest checkpoint under `root`; False where there is none."""
-        folder = newest_checkpoint(root)
+    def restore(self, root: Path, resume: str = "auto") -> bool:
+        """Go back to the checkpoint under `root` that `resume` asks for; False where there is none.
+
+        Warns where the checkpoint was written by other versions or on other threads: the run then goes on, but its
+        last bits may be others. Raises CheckpointError for a checkpoint that is torn or of other settings.
+        """
+        folder = self._at(root).find(resume)
         if folder is None:
             return False
-        state = load_checkpoint(
-            folder,
-            models={learner.name: learner.model for learner in self._learners},
-            optimizers={learner.name: learner.optimizer for learner in self._learners},
-        )
-        for learner in self._learners:
-            learner.scheduler.load_state_dict(state["schedulers"][learner.name])
-        self.sampler.drawn = state["drawn"]
-        self.kl.coef = state["kl_coef"]
-        self.steps_done = state["step"]
+        for note in self._at(root).load(folder, self._parts):
+            warnings.warn(note, stacklevel=2)
         return True
 
+    def shared_state(self) -> dict[str, State]:
+        """Nothing: what the loop remembers is each rank's own."""
+        return {}
+
+    def own_state(self) -> dict[str, State]:
+        """Where this rank stands: counters, generators, and the step it is in."""
+        numbers = {
+            "steps_done": self.steps_done,
+            "drawn": self.sampler.drawn,
+            "kl_coef": self.kl.coef,
+            "evaluated": self.evaluated,
+            "skipped_in_a_row": self.updater.skipped_in_a_row,
+            "within_a_step": self.progress is not None,
+        }
+        states = {"trainer": State(numbers=numbers), "rng": random_state()}
+        return states | ({"progress": self.progress.state()} if self.progress else {})
+
+    def load_state(self, saved: Saved) -> None:
+        """Restore `own_state`."""
+        numbers = saved.own("trainer").numbers
+        self.steps_done, self.sampler.drawn = numbers["steps_done"], numbers["drawn"]
+        self.kl.coef, self.evaluated = numbers["kl_coef"], numbers["evaluated"]
+        self.updater.skipped_in_a_row = numbers["skipped_in_a_row"]
+        self.progress = None
+        if numbers["within_a_step"]:
+            self.progress = StepInProgress.of(saved.own("progress"), self.actor.model.device)
+        load_random_state(saved.own("rng"))
+
     @property
-    def _learners(self) -> tuple[Learner, Learner]:
-        return self.actor, self.critic
+    def _parts(self) -> list[Part]:
+        return [self.actor, self.critic, self]
+
+    def _at(self, root: Path) -> Checkpoints:
+        if self._checkpoints is None or self._checkpoints.root != root:
+            self._checkpoints = Checkpoints(
+                root, config=self.config.to_dict(), keep=self.config.checkpoint.keep, ranks=self.stop.ranks
+            )
+        return self._checkpoints
 
     @torch.no_grad()
     def _judge(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -206,9 +275,8 @@ class PPOTrainer:
         scored = self.score(rollout)
         return scored.scores, (scored.logprobs - scored.ref_logprobs).sum(1)
 
-    def _metrics(
-        self, scored: ScoredRollout, experience: Experience, updates: list[UpdateStats]
-    ) -> dict[str, float]:
+    def _metrics(self, progress: StepInProgress) -> dict[str, float]:
+        scored, experience = progress.scored, progress.experience
         mask = scored.rollout.response_mask
         lengths = mask.sum(1).float()
         advantages = experience.returns - scored.values
@@ -219,7 +287,8 @@ class PPOTrainer:
             "objective/rlhf_reward": experience.rewards.sum(1).mean(),
             "objective/non_score_reward": -self.kl.coef * experience.kl.sum(1).mean(),
             "objective/entropy": ppo_fast.masked_mean(scored.entropy, mask),
-            **_mean_over_updates(updates),
+            **_mean_over_updates(progress.updates),
+            "optim/skipped_updates": sum(update.skipped for update in progress.updates),
             "value/mean": ppo_fast.masked_mean(scored.values, mask),
             "value/explained_variance": _explained_variance(scored.values, experience.returns, mask),
             "returns/mean": ppo_fast.masked_mean(experience.returns, mask),
@@ -231,30 +300,39 @@ class PPOTrainer:
             "optim/actor_lr": self.actor.learning_rate,
             "optim/critic_lr": self.critic.learning_rate,
         }
-        seconds = sum(self._seconds.values())
-        times: dict[str, float] = {f"time/{name}": value for name, value in self._seconds.items()}
+        seconds = sum(progress.seconds.values())
+        times: dict[str, float] = {f"time/{name}": value for name, value in progress.seconds.items()}
         rate = {"throughput/tokens_per_second": float(lengths.sum()) / seconds}
         numbers = {name: float(value) for name, value in metrics.items()}
         return {**numbers, **times, "time/step": seconds, **rate}
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        """Add the time of the block to `seconds`, also where the block is left by an interruption."""
         start = time.perf_counter()
-        yield
-        if self.actor.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._seconds[name] = time.perf_counter() - start
+        try:
+            yield
+            if self.actor.model.device.type == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _mean_over_updates(updates: list[UpdateStats]) -> dict[str, Any]:
-    """Means over all minibatches of all passes, weighted by counted tokens; the largest ratio of any."""
-    tokens = torch.stack([update.tokens for update in updates]).float()
+    """Means over the minibatches of all passes that were stepped, weighted by counted tokens; the largest ratio of any.
+
+    All NaN where every one was skipped.
+    """
+    taken = [update for update in updates if not update.skipped]
+    if not taken:
+        return dict.fromkeys([*updates[0].means, "policy/ratio_max"], math.nan)
+    tokens = torch.stack([update.tokens for update in taken]).float()
     weights = tokens / tokens.sum()
     means = {
-        name: (torch.stack([update.means[name] for update in updates]) * weights).sum()
-        for name in updates[0].means
+        name: (torch.stack([update.means[name] for update in taken]) * weights).sum()
+        for name in taken[0].means
     }
-    return {**means, "policy/ratio_max": torch.stack([update.ratio_max for update in updates]).max()}
+    return {**means, "policy/ratio_max": torch.stack([update.ratio_max for update in taken]).max()}
 
 
 def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,8 +11,20 @@ from transformers import PreTrainedModel, get_scheduler
 import ppo_fast
 from ppo_fast.ppo.config import ObjectiveConfig, OptimizerConfig
 from ppo_fast.ppo.experience import PolicyView, Rows, ScoredRollout, micro_batches, response_values
+from ppo_fast.ppo.interruption import StopSignal
+from ppo_fast.ppo.state import (
+    Saved,
+    State,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
 from ppo_fast.records import Experience, PolicyLoss, ValueLoss
 from ppo_fast.reference.losses import aggregate
+
+DECISIVE = ("loss/policy", "loss/value", "optim/actor_grad_norm", "optim/critic_grad_norm")
+"""Figures of an update that must be finite for it to take place."""
 
 
 class Learner:
@@ -39,24 +51,34 @@ class Learner:
         return float(self.scheduler.get_last_lr()[0])
 
     def clip(self) -> Tensor:
-        """Scale the gradients down to the limit; returns their 2-norm before.
-
-        Raises FloatingPointError where the norm is not finite.
-        """
+        """Scale the gradients down to the limit; returns their 2-norm before, which need not be finite."""
         limit = self.max_grad_norm or torch.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the {self.name}'s gradient norm is {float(norm)}: the update was not applied. Lower "
-                f"optimizer.{self.name}_lr, or look at objective/kl in metrics.jsonl for a run that had gone astray"
-            )
-        return norm
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def step(self) -> None:
-        """Step the weights, advance the schedule, clear the gradients."""
+        """Step the weights and advance the schedule."""
         self.optimizer.step()
         self.scheduler.step()
+
+    def discard(self) -> None:
+        """Clear the gradients; weights and schedule stay."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def shared_state(self) -> dict[str, State]:
+        """Weights, optimiser and schedule: one for all ranks."""
+        return {
+            self.name: model_state(self.model),
+            f"{self.name}_optimizer": optimizer_state(self.optimizer, self.scheduler),
+        }
+
+    def own_state(self) -> dict[str, State]:
+        """Nothing: every rank holds the same."""
+        return {}
+
+    def load_state(self, saved: Saved) -> None:
+        """Restore weights, optimiser and schedule in place."""
+        load_model_state(self.model, saved.shared(self.name), self.name)
+        load_optimizer_state(self.optimizer, self.scheduler, saved.shared(f"{self.name}_optimizer"))
 
 
 @dataclass(frozen=True)
@@ -67,9 +89,11 @@ class UpdateStats:
     """Counted tokens, the weight of this record in a mean over minibatches."""
     means: dict[str, Tensor]
     ratio_max: Tensor
+    skipped: bool = False
+    """The loss or a gradient was not finite, and neither model was stepped."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Updater:
     """The two clipped losses of a minibatch and the step that follows them."""
 
@@ -77,31 +101,77 @@ class Updater:
     critic: Learner
     view: PolicyView
     objective: ObjectiveConfig
+    max_skipped: int = 0
+    """Updates in a row that may be skipped."""
+    stop: StopSignal = field(default_factory=StopSignal)
+    skipped_in_a_row: int = 0
 
     def minibatch(self, scored: ScoredRollout, experience: Experience, rows: Rows) -> UpdateStats:
-        """Step both models on the given rows.
+        """Step both models on the given rows, or neither where a loss or gradient is not finite.
 
         The losses are normalised by the counts of the whole minibatch, so micro_batch_size changes memory and not
-        the gradient.
+        the gradient. Whatever is raised leaves weights, schedules and gradients as before the call.
+
+        Raises:
+            FloatingPointError: one update more than `max_skipped` in a row was not finite.
+            Interrupted: the run was asked to stop.
         """
+        try:
+            stats = self._accumulate(scored, experience, rows)
+            means = _pool(stats)
+            means |= {f"optim/{learner.name}_grad_norm": learner.clip() for learner in self.learners}
+            taken = self._step_if_finite(means)
+        finally:
+            for learner in self.learners:
+                learner.discard()
+        tokens = scored.rollout.response_mask[rows].sum()
+        ratio_max = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats]).max()
+        return UpdateStats(tokens, means, ratio_max, skipped=not taken)
+
+    @property
+    def learners(self) -> tuple[Learner, Learner]:
+        """Actor and critic."""
+        return self.actor, self.critic
+
+    def _accumulate(
+        self, scored: ScoredRollout, experience: Experience, rows: Rows
+    ) -> list[tuple[Tensor, PolicyLoss, ValueLoss]]:
+        """Gradients of a minibatch, a micro-batch at a time, with each one's counted tokens and losses."""
         mask = scored.rollout.response_mask[rows]
         normalizer = self._normalizer(mask)
         stats = []
         for part in micro_batches(mask.shape[0], self.objective.micro_batch_size):
+            self.stop.check()
             chosen = _compose(rows, part)
             policy = self.policy_loss(scored, experience, chosen, normalizer)
             policy.loss.backward()
             value = self.value_loss(scored, experience, chosen, normalizer)
             value.loss.backward()
             stats.append((mask[part].sum(), policy, value))
-        means = _pool(stats)
-        # Both norms before either step: a gradient that is not finite leaves both models as they were.
-        learners = (self.actor, self.critic)
-        means |= {f"optim/{learner.name}_grad_norm": learner.clip() for learner in learners}
-        for learner in learners:
-            learner.step()
-        ratio_max = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats]).max()
-        return UpdateStats(mask.sum(), means, ratio_max)
+        return stats
+
+    def _step_if_finite(self, means: dict[str, Tensor]) -> bool:
+        """Step both models where every loss and norm is finite on every rank; whether it was so.
+
+        Both norms are taken before either step, so that one gradient that is not finite leaves both models alone.
+        """
+        decisive = [means[name] for name in DECISIVE]
+        finite = bool(torch.isfinite(torch.stack([value.float() for value in decisive])).all())
+        if self.stop.ranks.all(finite):
+            for learner in self.learners:
+                learner.step()
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped:
+            shown = ", ".join(f"{name} = {float(means[name]):g}" for name in DECISIVE)
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} update(s) in a row were skipped for a loss or gradient that is not finite, "
+                f"more than optimizer.max_skipped_updates={self.max_skipped} ({shown}): no weight was changed by "
+                "them. Lower optimizer.actor_lr or optimizer.critic_lr, or look at objective/kl in metrics.jsonl "
+                "for a run that had gone astray"
+            )
+        return False
 
     def policy_loss(
         self, scored: ScoredRollout, experience: Experience, rows: Rows, normalizer: Tensor

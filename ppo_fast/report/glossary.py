@@ -70,6 +70,9 @@ GLOSSARY: dict[str, Metric] = {
     "optim/critic_grad_norm": Metric(
         "", "norm of the critic's gradient before clipping, mean over the step's updates"
     ),
+    "optim/skipped_updates": Metric(
+        "updates", "updates of the step that were skipped because a loss or gradient was not finite"
+    ),
     "time/rollout": Metric("seconds", "sampling the responses"),
     "time/scoring": Metric("seconds", "reward, and log-probabilities and values of all models"),
     "time/experience": Metric("seconds", "KL-shaped rewards, advantages, returns"),

@@ -79,10 +79,8 @@ def test_a_run_leaves_everything_a_reader_needs(settings: Callable[..., PPOConfi
     assert len(records(folder, "samples.jsonl")) == 8
     assert list((folder / "tensorboard").glob("events*"))
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == [
-        "step_000002",
-        "step_000003",
-    ]  # the newest two; the last step leaves the models themselves
+    # The newest two and the name of the newest; the last step leaves the models themselves.
+    assert kept == ["latest", "step_000002", "step_000003"]
     assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.pt")) + list(folder.rglob("*.pkl"))
     assert len(read_run(folder).pairs()) == 4
 
@@ -142,7 +140,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "torn')  # what a kill in the middle of a write leaves
     resumed = train(cut)
-    assert [path.name for path in (resumed / "checkpoints").iterdir()] == ["step_000002"]
+    assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["latest", "step_000002"]
     for name in ("actor", "critic"):
         ours, theirs = (load_file(run / name / "model.safetensors") for run in (resumed, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

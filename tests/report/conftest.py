@@ -67,6 +67,7 @@ def training_step(step: int, steps: int = 40) -> dict[str, Any]:
         "response/length_mean": 22.4 + noise(0, 0.4),
         "response/length_max": 24,
         "response/eos_fraction": 0.25 + noise(0, 0.05),
+        "optim/skipped_updates": 0.0,
         "optim/actor_lr": 1e-5 * (1 - done),
         "optim/critic_lr": 1e-5 * (1 - done),
         "optim/actor_grad_norm": 1.4 + noise(0, 0.2),
