@@ -12,7 +12,7 @@ export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help train quickstart test lint sanitize bench peers gpu resources clean
+.PHONY: help train quickstart test kills lint sanitize bench peers gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,9 @@ quickstart: $(RUNS)/quickstart/lm/config.json ## the whole loop on a tiny langua
 
 test: $(VENV)/.test ## the whole suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kills: $(VENV)/.test ## kill a run at ten random moments, resume it, compare with one never killed (1 minute)
+	PPO_FAST_KILLS=10 $(BIN)/python -m pytest tests/ppo/test_kills.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## style, imports, types
 	$(BIN)/ruff check .

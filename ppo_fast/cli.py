@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         run_command(command, vars(parser.instantiate(parsed)[command]))
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as error:
         print(f"ppo-fast {command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -137,10 +137,13 @@ class Checkpoints:
         Raises CheckpointError, before anything is restored, where a file is missing or torn, and where the checkpoint
         is of other settings or another number of ranks.
         """
+        refusal, manifest = None, {}
         try:
             manifest = self._verified(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._offer(_position(folder))}") from error
+            refusal = f"{error}{self._offer(_position(folder))}"
+        if not self.ranks.all(refusal is None):
+            raise CheckpointError(refusal or f"{folder}: another rank cannot use its part of it")
         saved = _SavedFolder(folder, self.ranks.index)
         for part in parts:
             try:
@@ -227,7 +230,10 @@ class Checkpoints:
         raise _not_written(self.root, error) from error
 
     def _verified(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint that is whole and of this run; CheckpointError otherwise."""
+        """The manifest of a checkpoint of this run whose shared files and this rank's own are whole.
+
+        CheckpointError otherwise.
+        """
         path = folder / MANIFEST
         manifest = _read_manifest(path)
         if manifest["ranks"] != self.ranks.count:
@@ -239,8 +245,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: of a run with other settings ({', '.join(differing) or 'config_sha256'})"
             )
+        own = f"rank_{self.ranks.index:04d}/"
         for name, entry in manifest["files"].items():
             file = folder / name
+            if name.startswith("rank_") and not name.startswith(own):
+                continue
             if not file.is_file():
                 raise CheckpointError(f"{file}: is missing, the checkpoint is not whole")
             if file.stat().st_size != entry["bytes"]:

@@ -47,6 +47,9 @@ class RewardSource:
     input: Literal["tokens", "text"] = "tokens"
     """`tokens`: the model reads the actor's tokens and must share its tokenizer. `text`: prompt and response are
     decoded and encoded again with the reward model's own tokenizer."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What follows where this source raises for a sample or scores it NaN or infinite. `stop`: the run ends and names
+    the sample. `drop`: the sample takes no part in the update, and is counted in `objective/dropped`."""
 
     def __post_init__(self) -> None:
         """Check that exactly one kind of source is named."""
@@ -127,6 +130,9 @@ class ObjectiveConfig:
     """Optimiser steps in one pass; must divide rollout.batch_size."""
     micro_batch_size: int = 8
     """Sequences in one forward and backward pass; gradients accumulate up to a minibatch. Sets memory, not results."""
+    halve_on_oom: bool = False
+    """Where a micro-batch runs out of memory, halve its size and go on with the same gradient. Off: the run ends and
+    says which setting to lower."""
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2

@@ -31,7 +31,7 @@ class Evaluator:
     seed: int
     generate: Callable[[list[Prompt]], Rollout]
     score: Callable[[Rollout], tuple[Tensor, Tensor]]
-    """Scores [B] and divergence from the reference in nats a sequence [B]."""
+    """Scores [B], NaN where the reward dropped the sample, and divergence from the reference in nats a sequence [B]."""
 
     def __call__(self, step: int) -> Evaluation:
         """Evaluate; the training run's random numbers are left where they were."""
@@ -45,10 +45,11 @@ class Evaluator:
             for name, judge in self.judges.items()
         }
         lengths = rollout.response_mask.sum(1)
+        kept = torch.isfinite(scores)
         metrics = {
-            "eval/score": float(scores.mean()),
-            "eval/score_std": float(scores.std(correction=0)),
-            "eval/kl": float(kl.mean()),
+            "eval/score": float(scores[kept].mean()),
+            "eval/score_std": float(scores[kept].std(correction=0)),
+            "eval/kl": float(kl[kept].mean()),
             "eval/length_mean": float(lengths.float().mean()),
             "eval/eos_fraction": float(rollout.ended.float().mean()),
         }
@@ -58,7 +59,7 @@ class Evaluator:
                 "step": step,
                 "prompt": rollout.prompts[row],
                 "response": rollout.responses[row],
-                "score": float(scores[row]),
+                "score": float(scores[row]) if kept[row] else None,
                 "judges": {name: values[row] for name, values in judged.items()},
                 "kl": float(kl[row]),
                 "length": int(lengths[row]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
 from ppo_fast.ppo.interruption import StopSignal
 from ppo_fast.ppo.models import response_logits, token_scores
-from ppo_fast.ppo.rewards import Reward
+from ppo_fast.ppo.rewards import Reward, RewardError
 from ppo_fast.records import Experience, Rollout
 
 Rows = Tensor | slice
@@ -90,6 +90,7 @@ def score_rollout(
     reward: Reward,
     view: PolicyView,
     config: PPOConfig,
+    micro_batch_size: int | None = None,
     stop: StopSignal | None = None,
 ) -> ScoredRollout:
     """Ask the four models. They work in the micro-batches in which the first epoch will train.
@@ -97,12 +98,15 @@ def score_rollout(
     A row's logits may differ in the last bits with the rows round it, so scoring in the same company makes the first
     ratio of the update 1 exactly, not nearly.
 
-    Raises Interrupted, between micro-batches, once a stop was asked for.
+    A sample that the reward drops (its score is NaN) counts no more: its response mask is all False, its score 0.
+    `micro_batch_size` None is the config's. Raises Interrupted, between micro-batches, once a stop was asked for, and
+    RewardError where every sample was dropped.
     """
-    stop = stop or StopSignal()
+    stop, size = stop or StopSignal(), micro_batch_size or config.objective.micro_batch_size
+    rollout, scores = _without_dropped(rollout, reward(rollout))
     mask = rollout.response_mask
     parts = []
-    for rows in first_pass(mask.shape[0], config.minibatch_size, config.objective.micro_batch_size):
+    for rows in first_pass(mask.shape[0], config.minibatch_size, size):
         stop.check()
         labels = rollout.response_ids[rows]
         logits = view.logits(actor, rollout, rows)
@@ -122,7 +126,7 @@ def score_rollout(
         entropy=entropy.masked_fill(~mask, 0.0),
         ref_logprobs=ref_logprobs.masked_fill(~mask, 0.0),
         values=values.masked_fill(~mask, 0.0),
-        scores=paid_scores(reward(rollout), rollout, config.rollout),
+        scores=paid_scores(scores, rollout, config.rollout),
         kept_tokens=torch.cat(kept_parts) if kept_parts else None,
     )
 
@@ -152,6 +156,19 @@ def kept_tokens(logits: Tensor, labels: Tensor, config: RolloutConfig) -> Tensor
         warped = TopPLogitsWarper(config.top_p)(none, warped)
     kept = torch.isfinite(warped).view(logits.shape)
     return kept.scatter(-1, labels.unsqueeze(-1), True)
+
+
+def _without_dropped(rollout: Rollout, scores: Tensor) -> tuple[Rollout, Tensor]:
+    """The rollout with nothing counted in rows whose score is NaN, and the scores with 0 there."""
+    dropped = torch.isnan(scores)
+    if not dropped.any():
+        return rollout, scores
+    if dropped.all():
+        raise RewardError(
+            f"every one of the {len(dropped)} samples was dropped for its reward: none is left to learn from"
+        )
+    counted = rollout.response_mask & ~dropped.unsqueeze(1)
+    return replace(rollout, response_mask=counted), scores.masked_fill(dropped, 0.0)
 
 
 def paid_scores(scores: Tensor, rollout: Rollout, config: RolloutConfig) -> Tensor:

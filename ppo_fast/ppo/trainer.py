@@ -33,6 +33,7 @@ from ppo_fast.ppo.objectives import AdaptiveKLController
 from ppo_fast.ppo.progress import StepInProgress
 from ppo_fast.ppo.rewards import Reward, RewardFunction, token_models
 from ppo_fast.ppo.rollout import Prompt, PromptSampler, check_prompts, generate
+from ppo_fast.ppo.shortage import MicroBatches, explaining_shortage
 from ppo_fast.ppo.state import Part, Saved, State, load_random_state, random_state
 from ppo_fast.ppo.update import Learner, Updater, UpdateStats
 from ppo_fast.records import Experience, Rollout
@@ -92,6 +93,11 @@ class PPOTrainer:
         self.actor = Learner(actor.eval(), "actor", optimizer.actor_lr, optimizer, total)
         self.critic = Learner(critic.eval(), "critic", optimizer.critic_lr, optimizer, total)
         self.stop = stop or StopSignal()
+        # One rank alone cannot take other micro-batches than the rest.
+        alone = self.stop.ranks.count == 1
+        self.micro = MicroBatches(
+            config.objective.micro_batch_size, may_halve=config.objective.halve_on_oom and alone
+        )
         self.updater = Updater(
             self.actor,
             self.critic,
@@ -99,6 +105,7 @@ class PPOTrainer:
             config.objective,
             max_skipped=optimizer.max_skipped_updates,
             stop=self.stop,
+            micro=self.micro,
         )
         objective = config.objective
         self.kl = AdaptiveKLController(objective.kl_coef, objective.kl_target, objective.kl_horizon)
@@ -137,7 +144,8 @@ class PPOTrainer:
             raise
         # 5. Report, then move the KL coefficient towards its target.
         metrics = self._metrics(progress)
-        self.kl.update(metrics["objective/kl"], self.config.rollout.batch_size)
+        episodes = self.config.rollout.batch_size - int(metrics["objective/dropped"])
+        self.kl.update(metrics["objective/kl"], episodes)
         self.steps_done += 1
         self.progress = None
         return metrics
@@ -166,26 +174,33 @@ class PPOTrainer:
 
     def sample(self, prompts: list[Prompt]) -> Rollout:
         """Responses of the present actor."""
-        return generate(
-            self.actor.model,
-            self.tokenizer,
-            prompts,
-            self.config.rollout,
-            bf16=self.config.models.autocast,
-            stop=self.stop,
-        )
+        size = self.config.rollout.generation_batch_size or len(prompts)
+        settings = f"rollout.generation_batch_size (now {size}) or rollout.max_new_tokens"
+        with explaining_shortage("while sampling", settings):
+            return generate(
+                self.actor.model,
+                self.tokenizer,
+                prompts,
+                self.config.rollout,
+                bf16=self.config.models.autocast,
+                stop=self.stop,
+            )
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """What the four models think of a rollout."""
-        return score_rollout(
-            rollout,
-            actor=self.actor.model,
-            critic=self.critic.model,
-            reference=self.reference,
-            reward=self.reward,
-            view=self.view,
-            config=self.config,
-            stop=self.stop,
+        return self.micro.run(
+            "a micro-batch of scoring",
+            lambda size: score_rollout(
+                rollout,
+                actor=self.actor.model,
+                critic=self.critic.model,
+                reference=self.reference,
+                reward=self.reward,
+                view=self.view,
+                config=self.config,
+                micro_batch_size=size,
+                stop=self.stop,
+            ),
         )
 
     def experience(self, scored: ScoredRollout) -> Experience:
@@ -242,6 +257,7 @@ class PPOTrainer:
             "kl_coef": self.kl.coef,
             "evaluated": self.evaluated,
             "skipped_in_a_row": self.updater.skipped_in_a_row,
+            "micro_batch_size": self.micro.size,
             "within_a_step": self.progress is not None,
         }
         states = {"trainer": State(numbers=numbers), "rng": random_state()}
@@ -253,6 +269,7 @@ class PPOTrainer:
         self.steps_done, self.sampler.drawn = numbers["steps_done"], numbers["drawn"]
         self.kl.coef, self.evaluated = numbers["kl_coef"], numbers["evaluated"]
         self.updater.skipped_in_a_row = numbers["skipped_in_a_row"]
+        self.micro.size = numbers["micro_batch_size"]
         self.progress = None
         if numbers["within_a_step"]:
             self.progress = StepInProgress.of(saved.own("progress"), self.actor.model.device)
@@ -271,21 +288,26 @@ class PPOTrainer:
 
     @torch.no_grad()
     def _judge(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores and sampled KL of an evaluation, without values or shaping."""
+        """Scores (NaN: dropped) and sampled KL of an evaluation, without values or shaping."""
         scored = self.score(rollout)
-        return scored.scores, (scored.logprobs - scored.ref_logprobs).sum(1)
+        dropped = ~scored.rollout.response_mask.any(1)
+        kl = (scored.logprobs - scored.ref_logprobs).sum(1)
+        return scored.scores.masked_fill(dropped, math.nan), kl
 
     def _metrics(self, progress: StepInProgress) -> dict[str, float]:
         scored, experience = progress.scored, progress.experience
         mask = scored.rollout.response_mask
-        lengths = mask.sum(1).float()
+        kept = mask.any(1)
+        lengths = mask.sum(1)[kept].float()
+        kl = experience.kl.sum(1)[kept].mean()
         advantages = experience.returns - scored.values
         metrics: dict[str, Tensor | float] = {
-            "objective/scores": scored.scores.mean(),
-            "objective/kl": experience.kl.sum(1).mean(),
+            "objective/scores": scored.scores[kept].mean(),
+            "objective/dropped": (~kept).sum(),
+            "objective/kl": kl,
             "objective/kl_coef": self.kl.coef,
-            "objective/rlhf_reward": experience.rewards.sum(1).mean(),
-            "objective/non_score_reward": -self.kl.coef * experience.kl.sum(1).mean(),
+            "objective/rlhf_reward": experience.rewards.sum(1)[kept].mean(),
+            "objective/non_score_reward": -self.kl.coef * kl,
             "objective/entropy": ppo_fast.masked_mean(scored.entropy, mask),
             **_mean_over_updates(progress.updates),
             "optim/skipped_updates": sum(update.skipped for update in progress.updates),
@@ -296,7 +318,8 @@ class PPOTrainer:
             "advantages/std": ppo_fast.masked_var(advantages, mask).sqrt(),
             "response/length_mean": lengths.mean(),
             "response/length_max": lengths.max(),
-            "response/eos_fraction": scored.rollout.ended.float().mean(),
+            "response/eos_fraction": scored.rollout.ended[kept].float().mean(),
+            "optim/micro_batch_size": self.micro.size,
             "optim/actor_lr": self.actor.learning_rate,
             "optim/critic_lr": self.critic.learning_rate,
         }

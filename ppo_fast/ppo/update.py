@@ -12,6 +12,7 @@ import ppo_fast
 from ppo_fast.ppo.config import ObjectiveConfig, OptimizerConfig
 from ppo_fast.ppo.experience import PolicyView, Rows, ScoredRollout, micro_batches, response_values
 from ppo_fast.ppo.interruption import StopSignal
+from ppo_fast.ppo.shortage import MicroBatches
 from ppo_fast.ppo.state import (
     Saved,
     State,
@@ -104,7 +105,13 @@ class Updater:
     max_skipped: int = 0
     """Updates in a row that may be skipped."""
     stop: StopSignal = field(default_factory=StopSignal)
+    micro: MicroBatches | None = None
+    """Size of a micro-batch, and whether it may be halved. None: as `objective` says."""
     skipped_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        if self.micro is None:
+            self.micro = MicroBatches(self.objective.micro_batch_size, self.objective.halve_on_oom)
 
     def minibatch(self, scored: ScoredRollout, experience: Experience, rows: Rows) -> UpdateStats:
         """Step both models on the given rows, or neither where a loss or gradient is not finite.
@@ -115,15 +122,21 @@ class Updater:
         Raises:
             FloatingPointError: one update more than `max_skipped` in a row was not finite.
             Interrupted: the run was asked to stop.
+            OutOfMemory: a micro-batch does not fit, and may not be halved.
         """
+        assert self.micro is not None  # made by __post_init__
         try:
-            stats = self._accumulate(scored, experience, rows)
+            stats = self.micro.run(
+                "a micro-batch of the update",
+                lambda size: self._accumulate(scored, experience, rows, size),
+                # A try may break off with half of a gradient added: the whole minibatch is done anew.
+                clean=self._discard,
+            )
             means = _pool(stats)
             means |= {f"optim/{learner.name}_grad_norm": learner.clip() for learner in self.learners}
             taken = self._step_if_finite(means)
         finally:
-            for learner in self.learners:
-                learner.discard()
+            self._discard()
         tokens = scored.rollout.response_mask[rows].sum()
         ratio_max = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats]).max()
         return UpdateStats(tokens, means, ratio_max, skipped=not taken)
@@ -134,13 +147,13 @@ class Updater:
         return self.actor, self.critic
 
     def _accumulate(
-        self, scored: ScoredRollout, experience: Experience, rows: Rows
+        self, scored: ScoredRollout, experience: Experience, rows: Rows, size: int
     ) -> list[tuple[Tensor, PolicyLoss, ValueLoss]]:
         """Gradients of a minibatch, a micro-batch at a time, with each one's counted tokens and losses."""
         mask = scored.rollout.response_mask[rows]
         normalizer = self._normalizer(mask)
         stats = []
-        for part in micro_batches(mask.shape[0], self.objective.micro_batch_size):
+        for part in micro_batches(mask.shape[0], size):
             self.stop.check()
             chosen = _compose(rows, part)
             policy = self.policy_loss(scored, experience, chosen, normalizer)
@@ -172,6 +185,10 @@ class Updater:
                 "for a run that had gone astray"
             )
         return False
+
+    def _discard(self) -> None:
+        for learner in self.learners:
+            learner.discard()
 
     def policy_loss(
         self, scored: ScoredRollout, experience: Experience, rows: Rows, normalizer: Tensor

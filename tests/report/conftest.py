@@ -68,6 +68,8 @@ def training_step(step: int, steps: int = 40) -> dict[str, Any]:
         "response/length_max": 24,
         "response/eos_fraction": 0.25 + noise(0, 0.05),
         "optim/skipped_updates": 0.0,
+        "optim/micro_batch_size": 8.0,
+        "objective/dropped": 0.0,
         "optim/actor_lr": 1e-5 * (1 - done),
         "optim/critic_lr": 1e-5 * (1 - done),
         "optim/actor_grad_norm": 1.4 + noise(0, 0.2),
