@@ -48,6 +48,8 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                     f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
                 )
             chat = _chat(record["messages"], f"{where}: record {number}")
+            for turn in chat:
+                _check_text(turn["content"], f"{where}: record {number}")
             try:
                 text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
             except TemplateError as error:
@@ -61,6 +63,7 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                 raise ValueError(
                     f"{where}: record {number} has the prompt {text!r}, expected text that is not blank"
                 )
+            _check_text(text, f"{where}: record {number}")
             ids = opening_ids(tokenizer) + text_ids(tokenizer, text)
         if not ids:
             raise ValueError(f"{where}: record {number} has a prompt without tokens: {text!r}")
@@ -212,6 +215,16 @@ def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) ->
     rows = zip(response_ids.tolist(), response_mask.tolist(), strict=True)
     kept = [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _check_text(text: str, where: str) -> None:
+    """Text that a tokenizer can take: UTF-8 holds it, and no character is NUL."""
+    bad = next(
+        (place for place, letter in enumerate(text) if letter == "\0" or "\ud800" <= letter <= "\udfff"), None
+    )
+    if bad is not None:
+        kind = "a NUL character" if text[bad] == "\0" else "half of a surrogate pair"
+        raise ValueError(f"{where} has {kind} at place {bad} of its text, expected Unicode text")
 
 
 def _chat(messages: Any, where: str) -> list[dict[str, str]]:

@@ -92,6 +92,8 @@ def refuse_before_loading(config: PPOConfig) -> None:
     """The cheap refusals first: ValueError for a setting that has no default and is not set."""
     if not config.output_dir:
         raise ValueError("output_dir is not set, expected a new folder for the run")
+    if "\0" in config.output_dir:
+        raise ValueError(f"output_dir is {config.output_dir!r}, expected a path without NUL")
     if not config.data.prompts:
         raise ValueError("data.prompts is not set, expected a .jsonl or .csv file of prompts")
     if not config.rewards:
