@@ -1,12 +1,14 @@
 """The command line: `ppo-fast train`, `ppo-fast reward`, `ppo-fast sft`, `ppo-fast report`, `ppo-fast doctor`.
 
 Settings are the fields of the config dataclasses. A YAML file gives some, `section.field=value` arguments override
-them, and what neither names has its default. Exit codes: 0 done, 2 bad input (one line on stderr says what).
+them, and what neither names has its default. Exit codes: 0 done, 1 another process of the run was lost, 2 bad input
+(one line on stderr says what).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -58,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError) as error:
         return _refuse(command, str(error) or type(error).__name__)
+    except RuntimeError as error:
+        # LostRankError of ppo_fast.ppo.parallel, which is imported where it is used.
+        if type(error).__name__ != "LostRankError":
+            raise
+        return _refuse(command, str(error), code=1)
     return 0
 
 
@@ -119,12 +126,13 @@ def check_settings(config: type, settings: Any, prefix: str = "") -> None:
             raise ValueError(f"{name} is not set to anything, expected a value or no such line")
 
 
-def _refuse(command: str, message: str) -> int:
-    """Say in one line on stderr what is wrong; returns the exit code of bad input."""
+def _refuse(command: str, message: str, code: int = 2) -> int:
+    """Say in one line on stderr what is wrong, and which of several processes says it; returns the exit code."""
+    rank = f" [rank {os.environ.get('RANK')}]" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     line = " ".join(message.split())
     shown = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    print(f"ppo-fast {command}".rstrip() + f": {shown}", file=sys.stderr)
-    return 2
+    print(f"ppo-fast {command}".rstrip() + f"{rank}: {shown}", file=sys.stderr)
+    return code
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -216,3 +224,7 @@ def as_options(arguments: Sequence[str]) -> list[str]:
         if not LOCAL_RANK.fullmatch(argument) and not number_of_rank:
             kept.append(argument)
     return [f"--{argument}" if OVERRIDE.fullmatch(argument) else argument for argument in kept]
+
+
+if __name__ == "__main__":  # what `torchrun -m ppo_fast.cli` and `deepspeed -m ppo_fast.cli` run
+    sys.exit(main())

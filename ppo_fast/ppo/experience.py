@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
 from ppo_fast.ppo.interruption import StopSignal
 from ppo_fast.ppo.models import response_logits, token_scores
-from ppo_fast.ppo.rewards import Reward, RewardError
+from ppo_fast.ppo.parallel import Rows
+from ppo_fast.ppo.rewards import Reward
 from ppo_fast.records import Experience, Rollout
 
-Rows = Tensor | slice
+if TYPE_CHECKING:
+    from ppo_fast.ppo.placement import Placed
 
 
 @dataclass(frozen=True)
@@ -84,38 +87,38 @@ def first_pass(count: int, minibatch: int, micro: int) -> list[slice]:
 def score_rollout(
     rollout: Rollout,
     *,
-    actor: PreTrainedModel,
-    critic: PreTrainedModel,
-    reference: PreTrainedModel,
+    actor: Placed,
+    critic: Placed,
+    reference: Placed,
     reward: Reward,
     view: PolicyView,
     config: PPOConfig,
+    minibatch: int,
     micro_batch_size: int | None = None,
     stop: StopSignal | None = None,
 ) -> ScoredRollout:
-    """Ask the four models. They work in the micro-batches in which the first epoch will train.
+    """Ask the four models about the rows that this process has, `minibatch` of them to a minibatch.
 
+    They work in the micro-batches in which the first epoch will train.
     A row's logits may differ in the last bits with the rows round it, so scoring in the same company makes the first
     ratio of the update 1 exactly, not nearly.
 
     A sample that the reward drops (its score is NaN) counts no more: its response mask is all False, its score 0.
-    `micro_batch_size` None is the config's. Raises Interrupted, between micro-batches, once a stop was asked for, and
-    RewardError where every sample was dropped.
+    `micro_batch_size` None is the config's. Raises Interrupted, between micro-batches, once a stop was asked for.
     """
     stop, size = stop or StopSignal(), micro_batch_size or config.objective.micro_batch_size
     rollout, scores = _without_dropped(rollout, reward(rollout))
     mask = rollout.response_mask
     parts = []
-    for rows in first_pass(mask.shape[0], config.minibatch_size, size):
+    for rows in first_pass(mask.shape[0], minibatch, size):
         stop.check()
         labels = rollout.response_ids[rows]
-        logits = view.logits(actor, rollout, rows)
+        logits = actor.run(view.logits, rollout, rows)
         kept = kept_tokens(logits, labels, config.rollout)
         logprobs, entropy = view.score(logits, labels, kept)
-        ref_logprobs, _ = view(reference, rollout, rows, kept)
-        parts.append(
-            (logprobs, entropy, ref_logprobs, response_values(critic, rollout, rows, bf16=view.bf16), kept)
-        )
+        ref_logprobs, _ = reference.run(view, rollout, rows, kept)
+        values = critic.run(response_values, rollout, rows, bf16=view.bf16)
+        parts.append((logprobs, entropy, ref_logprobs, values, kept))
     logprobs, entropy, ref_logprobs, values = (
         torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
     )
@@ -163,10 +166,6 @@ def _without_dropped(rollout: Rollout, scores: Tensor) -> tuple[Rollout, Tensor]
     dropped = torch.isnan(scores)
     if not dropped.any():
         return rollout, scores
-    if dropped.all():
-        raise RewardError(
-            f"every one of the {len(dropped)} samples was dropped for its reward: none is left to learn from"
-        )
     counted = rollout.response_mask & ~dropped.unsqueeze(1)
     return replace(rollout, response_mask=counted), scores.masked_fill(dropped, 0.0)
 

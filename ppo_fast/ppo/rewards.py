@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -83,6 +84,8 @@ class TokenReward:
     batch_size: int
     bf16: bool = False
     on_error: OnError = "stop"
+    run: Callable[..., Any] | None = None
+    """Runs a function of the model where its parameters are elsewhere. None: the model is called as it is."""
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -90,7 +93,8 @@ class TokenReward:
         ids, mask = rollout.sequences
         rows = range(0, ids.shape[0], self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in rows]
-        scores = torch.cat([last_token_scores(self.model, ids[p], mask[p], bf16=self.bf16) for p in parts])
+        run = self.run or partial(_run, self.model)
+        scores = torch.cat([run(last_token_scores, ids[p], mask[p], bf16=self.bf16) for p in parts])
         return _finite(scores, self.name, rollout, self.on_error)
 
 
@@ -103,6 +107,8 @@ class TextReward:
     tokenizer: Tokenizer
     batch_size: int
     on_error: OnError = "stop"
+    run: Callable[..., Any] | None = None
+    """As `TokenReward.run`."""
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -115,7 +121,7 @@ class TextReward:
             batch = self.tokenizer(
                 texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
             ).to(self.model.device)
-            scores.append(self.model(**batch).logits.squeeze(-1).float())
+            scores.append((self.run or partial(_run, self.model))(_label_scores, **batch))
         bias = getattr(self.model.config, "score_bias", 0.0)
         return _finite(torch.cat(scores) - bias, self.name, rollout, self.on_error)
 
@@ -221,6 +227,14 @@ def _module_from_file(path: str, field: str) -> ModuleType:
     with _blame(f"{field}: importing {path!r}"):
         spec.loader.exec_module(module)
     return module
+
+
+def _run(model: PreTrainedModel, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(model, *args, **options)
+
+
+def _label_scores(model: PreTrainedModel, **batch: Tensor) -> Tensor:
+    return model(**batch).logits.squeeze(-1).float()
 
 
 class _blame:

@@ -7,6 +7,7 @@ Masks are made from lengths and from the first end token, never from pad ids: an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,17 @@ from typing import Any, cast
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ppo_fast.ppo.config import RolloutConfig
 from ppo_fast.ppo.interruption import EndGeneration, StopSignal
 from ppo_fast.ppo.models import autocast, vocabulary_size
+from ppo_fast.ppo.sampling import SeededSampling, fresh_seeds
 from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.records import Rollout
 
-PAD_FILLER = 0  # any id will do where a tokenizer has no pad: masks say what counts
+PAD_FILLER = 0
 
 
 @dataclass(frozen=True)
@@ -125,28 +127,39 @@ def generate(
     *,
     bf16: bool = False,
     stop: StopSignal | None = None,
+    seeds: Sequence[int] | None = None,
+    prompt_width: int = 0,
 ) -> Rollout:
     """One sampled response a prompt, from softmax(logits / temperature) and nothing else unless top_p or top_k ask.
 
     The model's own generation settings (repetition penalty, minimum length, top-k 50 by default) are set aside while
     sampling: each would make the sampled distribution another one than the scored one, and the KL meaningless.
 
+    `seeds`, one a prompt, fix each response's random numbers by themselves: whatever else is sampled beside it, here
+    or by another process, the draws are the same. None: seeds from torch's global generator. Prompts are padded to
+    `prompt_width` tokens at least.
+
     Raises Interrupted within one token of a stop that was asked for.
     """
     stop = stop or StopSignal()
     size = config.generation_batch_size or len(prompts)
     ends = end_token_ids(actor, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
-    ids, mask = left_pad(prompts, pad, actor.device)
+    pad = pad_token_id(tokenizer)
+    ids, mask = left_pad(prompts, pad, actor.device, prompt_width)
+    seeds = fresh_seeds(len(prompts)) if seeds is None else seeds
     chunks = []
     with torch.no_grad(), _own_generation_config(actor, GenerationConfig()), autocast(actor.device, bf16):
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            sampled = cast(Any, actor).generate(
+            sampled = cast(
+                Any, actor
+            ).generate(
                 input_ids=ids[rows],
                 attention_mask=mask[rows].long(),
-                generation_config=sampling_config(config, ends, pad),
                 stopping_criteria=[EndGeneration(stop)],
+                generation_config=generation_config(config, ends, pad),
+                logits_processor=LogitsProcessorList([SeededSampling(config, seeds[rows], ids.device)]),
+                synced_gpus=False,  # each process stops by itself: no rank waits for another's longest response
             )
             stop.check()
             chunks.append(_widen(sampled[:, ids.shape[1] :], config.max_new_tokens, pad))
@@ -165,18 +178,21 @@ def generate(
     )
 
 
-def sampling_config(config: RolloutConfig, ends: list[int], pad: int) -> GenerationConfig:
-    """Generation settings with every warper that this run does not ask for switched off by name."""
+def generation_config(config: RolloutConfig, ends: list[int], pad: int) -> GenerationConfig:
+    """Generation settings that leave the choice of tokens to `SeededSampling` alone: the largest of its scores."""
     return GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
+        do_sample=False,
+        num_beams=1,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
         use_cache=True,
     )
+
+
+def pad_token_id(tokenizer: Tokenizer) -> int:
+    """The tokenizer's pad, or any id where it has none: masks say what counts."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
@@ -186,9 +202,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
-def left_pad(prompts: Sequence[Prompt], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts flush right: ids [B, P] int64 and mask [B, P] bool."""
-    width = max(len(prompt.ids) for prompt in prompts)
+def left_pad(
+    prompts: Sequence[Prompt], pad: int, device: torch.device, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Prompts flush right: ids [B, P] int64 and mask [B, P] bool, P the longest prompt or `width` if that is more."""
+    width = max(width, *(len(prompt.ids) for prompt in prompts))
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -208,6 +226,20 @@ def ended(response_ids: Tensor, response_mask: Tensor, ends: Sequence[int]) -> T
     """True where a response holds an end token, False where it was truncated. [B] bool."""
     is_end = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device))
     return (is_end & response_mask).any(1)
+
+
+def first_rows(rollout: Rollout, count: int) -> Rollout:
+    """The first `count` rows."""
+    fields = {field.name: getattr(rollout, field.name)[:count] for field in dataclasses.fields(rollout)}
+    return Rollout(**fields)
+
+
+def widen_responses(rollout: Rollout, width: int, pad: int) -> Rollout:
+    """The rollout with response columns up to `width`: what is added is masked."""
+    more = width - rollout.response_ids.shape[1]
+    ids = torch.nn.functional.pad(rollout.response_ids, (0, more), value=pad)
+    mask = torch.nn.functional.pad(rollout.response_mask, (0, more), value=False)
+    return dataclasses.replace(rollout, response_ids=ids, response_mask=mask)
 
 
 def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import ppo_fast
 from ppo_fast.ppo.checkpoint import Checkpoints, Position
 from ppo_fast.ppo.config import PPOConfig
+from ppo_fast.ppo.engine_config import uses_deepspeed
 from ppo_fast.ppo.evaluate import Evaluation, Evaluator
 from ppo_fast.ppo.experience import (
     PolicyView,
@@ -30,12 +32,24 @@ from ppo_fast.ppo.experience import (
 from ppo_fast.ppo.interruption import Interrupted, StopSignal
 from ppo_fast.ppo.models import check_reads_vocabulary, check_same_vocabulary, freeze
 from ppo_fast.ppo.objectives import AdaptiveKLController
+from ppo_fast.ppo.parallel import Shard, padded_to_multiple
+from ppo_fast.ppo.placement import place_frozen, place_learner, place_reward
 from ppo_fast.ppo.progress import StepInProgress
-from ppo_fast.ppo.rewards import Reward, RewardFunction, token_models
-from ppo_fast.ppo.rollout import Prompt, PromptSampler, check_prompts, generate
+from ppo_fast.ppo.rewards import Reward, RewardError, RewardFunction, token_models
+from ppo_fast.ppo.rollout import (
+    Prompt,
+    PromptSampler,
+    check_prompts,
+    decode,
+    first_rows,
+    generate,
+    pad_token_id,
+    widen_responses,
+)
+from ppo_fast.ppo.sampling import Stream, stream_seeds
 from ppo_fast.ppo.shortage import MicroBatches, explaining_shortage
 from ppo_fast.ppo.state import Part, Saved, State, load_random_state, random_state
-from ppo_fast.ppo.update import Learner, Updater, UpdateStats
+from ppo_fast.ppo.update import Updater, UpdateStats
 from ppo_fast.records import Experience, Rollout
 
 
@@ -83,18 +97,20 @@ class PPOTrainer:
             check_reads_vocabulary(model, field, actor)
             for where, group in (("data.prompts", prompts), ("data.eval_prompts", eval_prompts)):
                 check_prompts(group, model, field, config.rollout.max_new_tokens, where)
+        self.stop = stop or StopSignal()
+        self.shard = Shard.of(self.stop.ranks)
+        self.shard.check(config.rollout.batch_size, config.objective.minibatches)
         self.config = config
         self.tokenizer = tokenizer
         self.reference = freeze(reference)
-        self.reward = reward
         self.sampler = PromptSampler(prompts, config.seed)
         self.view = PolicyView(config.rollout.temperature, config.models.autocast, config.impl)
-        optimizer, total = config.optimizer, config.optimizer_steps
-        self.actor = Learner(actor.eval(), "actor", optimizer.actor_lr, optimizer, total)
-        self.critic = Learner(critic.eval(), "critic", optimizer.critic_lr, optimizer, total)
-        self.stop = stop or StopSignal()
-        # One rank alone cannot take other micro-batches than the rest.
-        alone = self.stop.ranks.count == 1
+        self.actor = place_learner(actor, "actor", config)
+        self.critic = place_learner(critic, "critic", config)
+        self._reference = place_frozen(self.reference, config)
+        self.reward = place_reward(reward, config)
+        # One rank alone cannot take other micro-batches than the rest, nor can an engine within a minibatch.
+        alone = self.shard.count == 1 and not uses_deepspeed(config)
         self.micro = MicroBatches(
             config.objective.micro_batch_size, may_halve=config.objective.halve_on_oom and alone
         )
@@ -103,18 +119,18 @@ class PPOTrainer:
             self.critic,
             self.view,
             config.objective,
-            max_skipped=optimizer.max_skipped_updates,
+            max_skipped=config.optimizer.max_skipped_updates,
             stop=self.stop,
             micro=self.micro,
+            shard=self.shard,
         )
         objective = config.objective
         self.kl = AdaptiveKLController(objective.kl_coef, objective.kl_target, objective.kl_horizon)
         self.evaluator = Evaluator(
             list(eval_prompts[: config.evaluation.max_prompts]),
-            judges or {},
-            config.seed,
-            generate=self.sample,
-            score=self._judge,
+            # The first process alone keeps what they say, and their time may cost money.
+            (judges or {}) if self.stop.ranks.first else {},
+            respond=self._judge,
         )
         self.steps_done = 0
         self.evaluated = -1
@@ -153,12 +169,14 @@ class PPOTrainer:
     def _begin(self) -> StepInProgress:
         """The half of a step that moves no weight, and the rows of every update to come."""
         seconds: dict[str, float] = {}
-        # 1. Draw prompts and let the actor respond.
+        minibatches = self.config.objective.minibatches
+        # 1. Draw prompts and let the actor respond to this process's share of them.
         with self._timed("rollout", seconds):
-            rollout = self.sample(self.sampler.draw(self.config.rollout.batch_size))
-        # 2. The four models: old logprobs, reference logprobs, values, scores.
+            first, prompts = self.sampler.drawn, self.sampler.draw(self.config.rollout.batch_size)
+            rollout = self._respond(prompts, minibatches, "training", first)
+        # 2. The four models: old logprobs, reference logprobs, values, scores; then every process has all of them.
         with self._timed("scoring", seconds):
-            scored = self.score(rollout)
+            scored = self._gather(self.score(rollout), prompts, minibatches)
         # 3. Shape the rewards by the KL, run GAE backwards, whiten the advantages.
         with self._timed("experience", seconds):
             experience = self.experience(scored)
@@ -172,17 +190,21 @@ class PPOTrainer:
             for rows in progress.remaining:
                 progress.updates.append(self.updater.minibatch(progress.scored, progress.experience, rows))
 
-    def sample(self, prompts: list[Prompt]) -> Rollout:
-        """Responses of the present actor."""
+    def sample(
+        self, prompts: list[Prompt], seeds: Sequence[int] | None = None, prompt_width: int = 0
+    ) -> Rollout:
+        """Responses of the present actor; `seeds` and `prompt_width` as in `rollout.generate`."""
         size = self.config.rollout.generation_batch_size or len(prompts)
         settings = f"rollout.generation_batch_size (now {size}) or rollout.max_new_tokens"
-        with explaining_shortage("while sampling", settings):
+        with explaining_shortage("while sampling", settings), self.actor.gathered() as actor:
             return generate(
-                self.actor.model,
+                actor,
                 self.tokenizer,
                 prompts,
                 self.config.rollout,
                 bf16=self.config.models.autocast,
+                seeds=seeds,
+                prompt_width=prompt_width,
                 stop=self.stop,
             )
 
@@ -192,16 +214,43 @@ class PPOTrainer:
             "a micro-batch of scoring",
             lambda size: score_rollout(
                 rollout,
-                actor=self.actor.model,
-                critic=self.critic.model,
-                reference=self.reference,
+                actor=self.actor,
+                critic=self.critic,
+                reference=self._reference,
                 reward=self.reward,
                 view=self.view,
                 config=self.config,
+                minibatch=self.config.minibatch_size // self.shard.count,
                 micro_batch_size=size,
                 stop=self.stop,
             ),
         )
+
+    def _respond(self, prompts: list[Prompt], minibatches: int, stream: Stream, first: int) -> Rollout:
+        """This process's share of the responses to a batch of prompts, padded like all of them together."""
+        seeds = stream_seeds(self.config.seed, stream, first, len(prompts))
+        rows = self.shard.rows(len(prompts), minibatches)
+        width = max(len(prompt.ids) for prompt in prompts)
+        rollout = self.sample([prompts[row] for row in rows], [seeds[row] for row in rows], width)
+        longest = torch.tensor(rollout.response_ids.shape[1], device=rollout.response_ids.device)
+        return widen_responses(rollout, int(self.shard.largest(longest)), pad_token_id(self.tokenizer))
+
+    def _gather(self, scored: ScoredRollout, prompts: list[Prompt], minibatches: int) -> ScoredRollout:
+        """The whole batch, from what each process has scored of it; RewardError where every sample was dropped."""
+        counted = self.shard.sum(scored.rollout.response_mask.sum())
+        if not counted:
+            raise RewardError(
+                f"every one of the {len(prompts)} samples was dropped for its reward: none is left to learn from"
+            )
+        if self.shard.count == 1:
+            return scored
+        rollout = self.shard.gather_fields(scored.rollout, minibatches)
+        rollout = dataclasses.replace(
+            rollout,
+            prompts=[prompt.text for prompt in prompts],
+            responses=decode(self.tokenizer, rollout.response_ids, rollout.response_mask),
+        )
+        return dataclasses.replace(self.shard.gather_fields(scored, minibatches), rollout=rollout)
 
     def experience(self, scored: ScoredRollout) -> Experience:
         """Shaped rewards, advantages and returns of a scored rollout."""
@@ -217,7 +266,9 @@ class PPOTrainer:
         if epoch == 0:
             yield from slices
             return
-        order = torch.randperm(self.config.rollout.batch_size)
+        passes = self.steps_done * self.config.objective.epochs + epoch
+        generator = torch.Generator().manual_seed(stream_seeds(self.config.seed, "order", passes, 1)[0])
+        order = torch.randperm(self.config.rollout.batch_size, generator=generator)
         for rows in slices:
             yield order[rows]
 
@@ -287,12 +338,15 @@ class PPOTrainer:
         return self._checkpoints
 
     @torch.no_grad()
-    def _judge(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Scores (NaN: dropped) and sampled KL of an evaluation, without values or shaping."""
-        scored = self.score(rollout)
+    def _judge(self, prompts: list[Prompt]) -> tuple[Rollout, Tensor, Tensor]:
+        """Responses, scores (NaN: dropped) and sampled KL of an evaluation, without values or shaping."""
+        padded, count = padded_to_multiple(prompts, self.shard.count), len(prompts)
+        rollout = self._respond(padded, 1, "evaluation", 0)
+        scored = self._gather(self.score(rollout), padded, 1)
         dropped = ~scored.rollout.response_mask.any(1)
+        scores = scored.scores.masked_fill(dropped, math.nan)
         kl = (scored.logprobs - scored.ref_logprobs).sum(1)
-        return scored.scores.masked_fill(dropped, math.nan), kl
+        return first_rows(scored.rollout, count), scores[:count], kl[:count]
 
     def _metrics(self, progress: StepInProgress) -> dict[str, float]:
         scored, experience = progress.scored, progress.experience

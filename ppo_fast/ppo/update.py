@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ import ppo_fast
 from ppo_fast.ppo.config import ObjectiveConfig, OptimizerConfig
 from ppo_fast.ppo.experience import PolicyView, Rows, ScoredRollout, micro_batches, response_values
 from ppo_fast.ppo.interruption import StopSignal
+from ppo_fast.ppo.parallel import ALL_ROWS, Shard, sum_gradients
+from ppo_fast.ppo.ranks import Ranks
 from ppo_fast.ppo.shortage import MicroBatches
 from ppo_fast.ppo.state import (
     Saved,
@@ -23,6 +28,9 @@ from ppo_fast.ppo.state import (
 )
 from ppo_fast.records import Experience, PolicyLoss, ValueLoss
 from ppo_fast.reference.losses import aggregate
+
+if TYPE_CHECKING:
+    from ppo_fast.ppo.engines import EngineLearner
 
 DECISIVE = ("loss/policy", "loss/value", "optim/actor_grad_norm", "optim/critic_grad_norm")
 """Figures of an update that must be finite for it to take place."""
@@ -50,6 +58,25 @@ class Learner:
     def learning_rate(self) -> float:
         """Rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
+
+    def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """`function(model, *args, **options)`, differentiable."""
+        return function(self.model, *args, **options)
+
+    @contextmanager
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        """The model, for many forward passes without gradient."""
+        yield self.model
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by name."""
+        return self.model.state_dict()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this process's share of the loss; `last` says that the minibatch ends with it."""
+        loss.backward()
+        if last and Ranks().count > 1:
+            sum_gradients([parameter for parameter in self.model.parameters() if parameter.requires_grad])
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the limit; returns their 2-norm before, which need not be finite."""
@@ -98,8 +125,8 @@ class UpdateStats:
 class Updater:
     """The two clipped losses of a minibatch and the step that follows them."""
 
-    actor: Learner
-    critic: Learner
+    actor: Learner | EngineLearner
+    critic: Learner | EngineLearner
     view: PolicyView
     objective: ObjectiveConfig
     max_skipped: int = 0
@@ -107,6 +134,8 @@ class Updater:
     stop: StopSignal = field(default_factory=StopSignal)
     micro: MicroBatches | None = None
     """Size of a micro-batch, and whether it may be halved. None: as `objective` says."""
+    shard: Shard = ALL_ROWS
+    """Which of a minibatch's rows this process takes."""
     skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
@@ -116,8 +145,8 @@ class Updater:
     def minibatch(self, scored: ScoredRollout, experience: Experience, rows: Rows) -> UpdateStats:
         """Step both models on the given rows, or neither where a loss or gradient is not finite.
 
-        The losses are normalised by the counts of the whole minibatch, so micro_batch_size changes memory and not
-        the gradient. Whatever is raised leaves weights, schedules and gradients as before the call.
+        The losses are normalised by the counts of the whole minibatch, so neither micro_batch_size nor the number of
+        processes changes the gradient. Whatever is raised leaves weights, schedules and gradients as before the call.
 
         Raises:
             FloatingPointError: one update more than `max_skipped` in a row was not finite.
@@ -132,34 +161,35 @@ class Updater:
                 # A try may break off with half of a gradient added: the whole minibatch is done anew.
                 clean=self._discard,
             )
-            means = _pool(stats)
+            tokens = scored.rollout.response_mask[rows].sum()
+            means = _pool(stats, tokens, self.shard)
             means |= {f"optim/{learner.name}_grad_norm": learner.clip() for learner in self.learners}
             taken = self._step_if_finite(means)
         finally:
             self._discard()
-        tokens = scored.rollout.response_mask[rows].sum()
-        ratio_max = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats]).max()
-        return UpdateStats(tokens, means, ratio_max, skipped=not taken)
+        ratios = torch.stack([policy.stats["ratio_max"] for _, policy, _ in stats])
+        return UpdateStats(tokens, means, self.shard.largest(ratios.max()), skipped=not taken)
 
     @property
-    def learners(self) -> tuple[Learner, Learner]:
+    def learners(self) -> tuple[Learner | EngineLearner, Learner | EngineLearner]:
         """Actor and critic."""
         return self.actor, self.critic
 
     def _accumulate(
         self, scored: ScoredRollout, experience: Experience, rows: Rows, size: int
     ) -> list[tuple[Tensor, PolicyLoss, ValueLoss]]:
-        """Gradients of a minibatch, a micro-batch at a time, with each one's counted tokens and losses."""
-        mask = scored.rollout.response_mask[rows]
-        normalizer = self._normalizer(mask)
+        """Gradients of this process's part of a minibatch, by micro-batches, with each one's tokens and losses."""
+        normalizer = self._normalizer(scored.rollout.response_mask[rows])
+        own = self.shard.part(rows)
+        mask = scored.rollout.response_mask[own]
         stats = []
         for part in micro_batches(mask.shape[0], size):
             self.stop.check()
-            chosen = _compose(rows, part)
+            chosen, last = _compose(own, part), part.stop == mask.shape[0]
             policy = self.policy_loss(scored, experience, chosen, normalizer)
-            policy.loss.backward()
+            self.actor.backward(policy.loss, last=last)
             value = self.value_loss(scored, experience, chosen, normalizer)
-            value.loss.backward()
+            self.critic.backward(value.loss, last=last)
             stats.append((mask[part].sum(), policy, value))
         return stats
 
@@ -197,7 +227,7 @@ class Updater:
         objective = self.objective
         mask = scored.rollout.response_mask[rows]
         kept = None if scored.kept_tokens is None else scored.kept_tokens[rows]
-        logprobs, entropy = self.view(self.actor.model, scored.rollout, rows, kept)
+        logprobs, entropy = self.actor.run(self.view, scored.rollout, rows, kept)
         policy = ppo_fast.policy_loss(
             logprobs,
             scored.logprobs[rows],
@@ -223,7 +253,7 @@ class Updater:
     ) -> ValueLoss:
         """Clipped value loss of some rows, over `normalizer`."""
         return ppo_fast.value_loss(
-            response_values(self.critic.model, scored.rollout, rows, bf16=self.view.bf16),
+            self.critic.run(response_values, scored.rollout, rows, bf16=self.view.bf16),
             scored.values[rows],
             experience.returns[rows],
             scored.rollout.response_mask[rows],
@@ -245,16 +275,17 @@ def _compose(rows: Rows, part: slice) -> Rows:
     return slice(rows.start + part.start, rows.start + part.stop)
 
 
-def _pool(stats: list[tuple[Tensor, PolicyLoss, ValueLoss]]) -> dict[str, Tensor]:
-    """Micro-batches' figures of one minibatch: losses add up, statistics average by token."""
-    tokens = torch.stack([count for count, _, _ in stats]).float()
-    weights = tokens / tokens.sum().clamp(min=1.0)
+def _pool(
+    stats: list[tuple[Tensor, PolicyLoss, ValueLoss]], tokens: Tensor, shard: Shard
+) -> dict[str, Tensor]:
+    """Figures of one minibatch of `tokens`, of all micro-batches and processes: losses add up, the rest is by token."""
+    weights = torch.stack([count for count, _, _ in stats]).float() / tokens.float().clamp(min=1.0)
 
     def mean(values: list[Tensor]) -> Tensor:
         return (torch.stack(values).float() * weights).sum()
 
     policies, values = [policy for _, policy, _ in stats], [value for _, _, value in stats]
-    return {
+    means = {
         "loss/policy": torch.stack([policy.loss.detach() for policy in policies]).sum(),
         "loss/value": torch.stack([value.loss.detach() for value in values]).sum(),
         "policy/approx_kl": mean([policy.stats["approx_kl"] for policy in policies]),
@@ -263,3 +294,4 @@ def _pool(stats: list[tuple[Tensor, PolicyLoss, ValueLoss]]) -> dict[str, Tensor
         "policy/entropy": mean([policy.stats["entropy"] for policy in policies]),
         "value/clip_fraction": mean([value.stats["clip_fraction"] for value in values]),
     }
+    return dict(zip(means, shard.sum(torch.stack(list(means.values()))).unbind(), strict=True))
