@@ -42,6 +42,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         # Shared-memory reductions of its inference kernels, compiled at the first start: nothing here calls them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()  # with the group that is there: what is split before the first engine needs it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch.distributed.*` is deprecated", category=FutureWarning)
     return deepspeed
