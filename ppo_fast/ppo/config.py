@@ -30,6 +30,9 @@ class ModelsConfig:
     """Storage type of the weights. float32 is the safe choice for training; AdamW states take the same type."""
     autocast: bool = False
     """Run the models' matrix products in bfloat16 by torch.autocast while the weights stay in `dtype`."""
+    gradient_checkpointing: bool = False
+    """Keep no activations within the layers of actor and critic; compute them again in the backward pass. Less memory,
+    about a third more time for the update, the same results."""
     trust_remote_code: bool = False
     """Allow model folders to run their own Python code. Off unless you have read that code."""
 
@@ -47,6 +50,9 @@ class RewardSource:
     input: Literal["tokens", "text"] = "tokens"
     """`tokens`: the model reads the actor's tokens and must share its tokenizer. `text`: prompt and response are
     decoded and encoded again with the reward model's own tokenizer."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What follows where this source raises for a sample or scores it NaN or infinite. `stop`: the run ends and names
+    the sample. `drop`: the sample takes no part in the update, and is counted in `objective/dropped`."""
 
     def __post_init__(self) -> None:
         """Check that exactly one kind of source is named."""
@@ -127,6 +133,9 @@ class ObjectiveConfig:
     """Optimiser steps in one pass; must divide rollout.batch_size."""
     micro_batch_size: int = 8
     """Sequences in one forward and backward pass; gradients accumulate up to a minibatch. Sets memory, not results."""
+    halve_on_oom: bool = False
+    """Where a micro-batch runs out of memory, halve its size and go on with the same gradient. Off: the run ends and
+    says which setting to lower."""
     clip_low: float = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -185,10 +194,20 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm, each model apart. 0 = no clipping, norms still logged."""
+    max_skipped_updates: int = 8
+    """Updates in a row that may be skipped because a loss or gradient is not finite; one more ends the run.
+    0: the first ends it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("actor_lr", "critic_lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in (
+            "actor_lr",
+            "critic_lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "max_skipped_updates",
+        ):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), f"optimizer.{name}", value, "a number >= 0")
         _positive(self, "optimizer", "eps")
@@ -228,14 +247,39 @@ class CheckpointConfig:
     """Resumable state, apart from the final models."""
 
     every: int = 0
-    """Steps between checkpoints. 0: none. A checkpoint holds weights and optimiser state of actor and critic."""
-    keep: int = 1
-    """Newest checkpoints that are kept."""
+    """Steps between checkpoints. 0: none but the one that SIGTERM asks for. A checkpoint holds weights and optimiser
+    state of actor and critic, and everything else that an exact resume takes."""
+    keep: int = 2
+    """Newest checkpoints that are kept. With 2 there is one to go back to where the newest is damaged."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.every >= 0, "checkpoint.every", self.every, "0 or a positive integer")
         _positive(self, "checkpoint", "keep")
+
+
+@dataclass
+class ParallelConfig:
+    """Several processes (`torchrun`, `deepspeed`), and what of the models each of them holds."""
+
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file: actor and critic live on its engines. What the run has settings for (batch sizes,
+    learning rates, clipping, bf16) may be "auto" there or left out. None, without `zero_stage`: no DeepSpeed; several
+    processes then add their gradients up and each holds everything."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed engines without a file. 0 splits nothing, 1 the optimiser's state, 2 gradients too, 3 parameters
+    too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the engines keep in CPU memory: `optimizer`: master weights and moments, `all`: parameters too (stage 3)."""
+    frozen: Literal["auto", "inference", "zero3"] = "auto"
+    """Engines of reference and reward models: `inference` (whole on every GPU) or `zero3` (spread over all). `auto`:
+    zero3 where the actor's stage is 3."""
+    timeout_minutes: float = 30.0
+    """How long one process waits for another before it gives up."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _positive(self, "parallel", "timeout_minutes")
 
 
 @dataclass
@@ -248,8 +292,9 @@ class PPOConfig:
     """PPO steps: batches of rollouts."""
     seed: int = 0
     """Seeds prompts' order, sampling and fresh value heads."""
-    resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the newest checkpoint in output_dir, or start if there is none."""
+    resume: str = "never"
+    """`auto`: go on from the newest checkpoint in output_dir, or start if there is none. A folder: go on from that
+    checkpoint of output_dir. `never`: output_dir must be new or empty."""
     tensorboard: bool = True
     """Write event files to output_dir/tensorboard."""
     impl: Literal["auto", "reference"] = "auto"
@@ -271,10 +316,13 @@ class PPOConfig:
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Resumable state."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes, DeepSpeed."""
 
     def __post_init__(self) -> None:
         """Check what no single section can see."""
         _positive(self, "", "steps")
+        _require(bool(self.resume), "resume", self.resume, "`never`, `auto` or the folder of a checkpoint")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2**32)")
         batch, minibatches = self.rollout.batch_size, self.objective.minibatches
         if batch % minibatches:
@@ -295,6 +343,18 @@ class PPOConfig:
     def optimizer_steps(self) -> int:
         """Optimiser steps of the whole run, for the schedules."""
         return self.steps * self.objective.epochs * self.objective.minibatches
+
+
+def differing_settings(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two nested dicts differ, such as `objective.kl_coef`."""
+    names = []
+    for name in sorted(set(one) | set(other)):
+        ours, theirs = one.get(name), other.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names += differing_settings(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            names.append(prefix + name)
+    return names
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:

@@ -28,27 +28,24 @@ class Evaluator:
 
     prompts: list[Prompt]
     judges: dict[str, RewardFunction]
-    seed: int
-    generate: Callable[[list[Prompt]], Rollout]
-    score: Callable[[Rollout], tuple[Tensor, Tensor]]
-    """Scores [B] and divergence from the reference in nats a sequence [B]."""
+    respond: Callable[[list[Prompt]], tuple[Rollout, Tensor, Tensor]]
+    """Responses with the same random numbers each time, their scores [B] (NaN where the reward
+    dropped the sample), and their divergence from the reference in
+    nats a sequence [B]."""
 
     def __call__(self, step: int) -> Evaluation:
         """Evaluate; the training run's random numbers are left where they were."""
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed)
-            rollout = self.generate(self.prompts)
-        scores, kl = self.score(rollout)
+        rollout, scores, kl = self.respond(self.prompts)
         judged = {
             name: call_reward_function(judge, f"judge {name}", rollout.prompts, rollout.responses)
             for name, judge in self.judges.items()
         }
         lengths = rollout.response_mask.sum(1)
+        kept = torch.isfinite(scores)
         metrics = {
-            "eval/score": float(scores.mean()),
-            "eval/score_std": float(scores.std(correction=0)),
-            "eval/kl": float(kl.mean()),
+            "eval/score": float(scores[kept].mean()),
+            "eval/score_std": float(scores[kept].std(correction=0)),
+            "eval/kl": float(kl[kept].mean()),
             "eval/length_mean": float(lengths.float().mean()),
             "eval/eos_fraction": float(rollout.ended.float().mean()),
         }
@@ -58,7 +55,7 @@ class Evaluator:
                 "step": step,
                 "prompt": rollout.prompts[row],
                 "response": rollout.responses[row],
-                "score": float(scores[row]),
+                "score": float(scores[row]) if kept[row] else None,
                 "judges": {name: values[row] for name, values in judged.items()},
                 "kl": float(kl[row]),
                 "length": int(lengths[row]),

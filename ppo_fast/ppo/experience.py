@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ import ppo_fast
 from ppo_fast.ops.dispatch import Impl
 from ppo_fast.ppo.config import ObjectiveConfig, PPOConfig, RolloutConfig
 from ppo_fast.ppo.head import HeadForm, head_form, head_of, response_hidden, settled_chunk_rows
+from ppo_fast.ppo.interruption import StopSignal
 from ppo_fast.ppo.models import response_logits, token_scores
+from ppo_fast.ppo.parallel import Rows
 from ppo_fast.ppo.rewards import Reward
 from ppo_fast.records import Experience, PolicyLoss, Rollout
 
-Rows = Tensor | slice
+if TYPE_CHECKING:
+    from ppo_fast.ppo.placement import Placed
 
 
 @dataclass(frozen=True)
@@ -141,33 +144,42 @@ def first_pass(count: int, minibatch: int, micro: int) -> list[slice]:
 def score_rollout(
     rollout: Rollout,
     *,
-    actor: PreTrainedModel,
-    critic: PreTrainedModel,
-    reference: PreTrainedModel,
+    actor: Placed,
+    critic: Placed,
+    reference: Placed,
     reward: Reward,
     view: PolicyView,
     config: PPOConfig,
+    minibatch: int,
+    micro_batch_size: int | None = None,
+    stop: StopSignal | None = None,
 ) -> ScoredRollout:
-    """Ask the four models. They work in the micro-batches in which the first epoch will train.
+    """Ask the four models about the rows that this process has, `minibatch` of them to a minibatch.
 
+    They work in the micro-batches in which the first epoch will train.
     A row's logits may differ in the last bits with the rows round it, so scoring in the same company makes the first
     ratio of the update 1 exactly, not nearly.
+
+    A sample that the reward drops (its score is NaN) counts no more: its response mask is all False, its score 0.
+    `micro_batch_size` None is the config's. Raises Interrupted, between micro-batches, once a stop was asked for.
     """
+    stop, size = stop or StopSignal(), micro_batch_size or config.objective.micro_batch_size
+    rollout, scores = _without_dropped(rollout, reward(rollout))
     mask = rollout.response_mask
     parts = []
-    for rows in first_pass(mask.shape[0], config.minibatch_size, config.objective.micro_batch_size):
+    for rows in first_pass(mask.shape[0], minibatch, size):
+        stop.check()
         labels = rollout.response_ids[rows]
         if truncates(config.rollout):
-            logits = view.logits(actor, rollout, rows)
+            logits = actor.run(view.logits, rollout, rows)
             kept = kept_tokens(logits, labels, config.rollout)
             logprobs, entropy = view.score(logits, labels, kept)
         else:
             kept = None
-            logprobs, entropy = view(actor, rollout, rows, kept)
-        ref_logprobs, _ = view(reference, rollout, rows, kept)
-        parts.append(
-            (logprobs, entropy, ref_logprobs, response_values(critic, rollout, rows, bf16=view.bf16), kept)
-        )
+            logprobs, entropy = actor.run(view, rollout, rows, kept)
+        ref_logprobs, _ = reference.run(view, rollout, rows, kept)
+        values = critic.run(response_values, rollout, rows, bf16=view.bf16)
+        parts.append((logprobs, entropy, ref_logprobs, values, kept))
     logprobs, entropy, ref_logprobs, values = (
         torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
     )
@@ -178,7 +190,7 @@ def score_rollout(
         entropy=entropy.masked_fill(~mask, 0.0),
         ref_logprobs=ref_logprobs.masked_fill(~mask, 0.0),
         values=values.masked_fill(~mask, 0.0),
-        scores=paid_scores(reward(rollout), rollout, config.rollout),
+        scores=paid_scores(scores, rollout, config.rollout),
         kept_tokens=torch.cat(kept_parts) if kept_parts else None,
     )
 
@@ -213,6 +225,15 @@ def kept_tokens(logits: Tensor, labels: Tensor, config: RolloutConfig) -> Tensor
         warped = TopPLogitsWarper(config.top_p)(none, warped)
     kept = torch.isfinite(warped).view(logits.shape)
     return kept.scatter(-1, labels.unsqueeze(-1), True)
+
+
+def _without_dropped(rollout: Rollout, scores: Tensor) -> tuple[Rollout, Tensor]:
+    """The rollout with nothing counted in rows whose score is NaN, and the scores with 0 there."""
+    dropped = torch.isnan(scores)
+    if not dropped.any():
+        return rollout, scores
+    counted = rollout.response_mask & ~dropped.unsqueeze(1)
+    return replace(rollout, response_mask=counted), scores.masked_fill(dropped, 0.0)
 
 
 def paid_scores(scores: Tensor, rollout: Rollout, config: RolloutConfig) -> Tensor:

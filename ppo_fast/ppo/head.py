@@ -2,7 +2,8 @@
 
 The rule: a head is used from hidden states where it is a plain `nn.Linear`, and where the model's own logits of a few
 tokens are those that the head makes of its trunk's last hidden state, with the scale and the softcap of its config.
-Any other model (a head wrapped in adapters, a projection or a mask in between) is asked for its logits, then whole.
+Any other model (a head wrapped in adapters, a projection or a mask in between, a head that ZeRO-3 holds in shards until
+its own forward) is asked for its logits, then whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_fast.ops.linear_chunks import rows_of_a_chunk
+from ppo_fast.ops.sharded_head import is_partitioned
 from ppo_fast.ppo.models import autocast, model_inputs
 
 PROBE_TOKENS = 4
@@ -71,7 +73,7 @@ def settled_chunk_rows(rows: int, vocab: int, width: int, dtype: torch.dtype, de
 @torch.no_grad()
 def _probed(model: PreTrainedModel) -> HeadForm | None:
     head, trunk = model.get_output_embeddings(), model.base_model
-    if type(head) is not nn.Linear or trunk is model:
+    if type(head) is not nn.Linear or trunk is model or is_partitioned(head.weight):
         return None
     ids = torch.arange(PROBE_TOKENS, device=model.device).remainder(head.weight.shape[0]).unsqueeze(0)
     mask = torch.ones_like(ids)

@@ -30,18 +30,29 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ppo_fast.ppo.config import ModelsConfig
+from ppo_fast.ppo.parallel import local_rank
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` becomes cuda where there is one, else cpu; an unusable device raises ValueError."""
+    """`auto` becomes cuda where there is one, else cpu; an unusable device raises ValueError.
+
+    `cuda` without a number is the GPU of this process: the one with its number on the machine, LOCAL_RANK.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"models.device is {name!r}, expected `auto` or a torch device: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"models.device is {name!r}, but torch sees no CUDA device")
+    if device.type == "cuda" and device.index is None and local_rank():
+        if local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"models.device is {name!r}: this is process {local_rank()} of the machine, which has "
+                f"{torch.cuda.device_count()} GPU(s): expected a GPU for each process"
+            )
+        return torch.device("cuda", local_rank())
     return device
 
 

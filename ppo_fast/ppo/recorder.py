@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ppo_fast.ppo.config import differing_settings
 from ppo_fast.prepare.folders import write_whole
 
 if TYPE_CHECKING:
@@ -37,7 +39,11 @@ class Recorder:
             self.writer.close()
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Write one step's (or evaluation's) numbers; `step` is their place on every axis."""
+        """Write one step's (or evaluation's) numbers; `step` is their place on every axis.
+
+        A number that is not finite becomes null, as JSON has no other word for it.
+        """
+        record = {name: None if _not_finite(value) else value for name, value in record.items()}
         _append(self.folder / METRICS, [record])
         if self.writer is not None:
             for name, value in record.items():
@@ -74,14 +80,35 @@ def open_folder(folder: Path, config: dict[str, Any]) -> None:
         write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """Forget records later than `step`, and a line torn by a kill: the steps that a resumed run will do again."""
+def drop_after(folder: Path, step: int, *, evaluated: bool = True) -> None:
+    """Forget records later than `step`, and a line torn by a kill: what a resumed run will do again.
+
+    With `evaluated` False the evaluation after `step` goes, too: the run was stopped in the midst of it.
+    """
     for name in (METRICS, SAMPLES):
         path = folder / name
         if path.is_file():
-            whole = path.read_text().split("\n")[:-1]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            last_evaluation = step if evaluated else step - 1
+            whole = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+            records = [(line, _record(path, number, line)) for number, line in enumerate(whole, start=1)]
+            kept = [
+                line
+                for line, record in records
+                if record["step"] <= (last_evaluation if name == SAMPLES or "event" in record else step)
+            ]
             write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: line {number}: not JSON ({error.msg}), expected a record of a run"
+        ) from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path}: line {number}: no record of a run: {line[:80]!r}")
+    return record
 
 
 def _saved_config(path: Path) -> dict[str, Any]:
@@ -95,16 +122,16 @@ def _saved_config(path: Path) -> dict[str, Any]:
 
 
 def _check_same_config(saved: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    differing = [
-        name
-        for name in sorted(set(saved) | set(config))
-        if name != "resume" and saved.get(name) != config.get(name)
-    ]
+    differing = [name for name in differing_settings(saved, config) if name not in ("output_dir", "resume")]
     if differing:
         raise ValueError(
             f"{path} belongs to a run with other settings ({', '.join(differing)}), "
             "expected the same settings to resume, or another output_dir"
         )
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +44,11 @@ class Reward(Protocol):
         ...
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """One float32 score a row, [B], on the rollout's device."""
+        """One float32 score a row, [B], on the rollout's device; NaN: the sample is to be dropped."""
         ...
+
+
+OnError = Literal["stop", "drop"]
 
 
 class RewardError(ValueError):
@@ -56,11 +61,17 @@ class FunctionReward:
 
     name: str
     function: RewardFunction
+    on_error: OnError = "stop"
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """Scores [B] float32; RewardError where the function raises or returns anything but B finite numbers."""
+        """Scores [B] float32; RewardError where the function raises or returns anything but B finite numbers.
+
+        With `on_error="drop"` a sample that it raises for, or scores NaN or infinite, gets NaN.
+        """
         what = f"reward function {self.name}"
-        scores = call_reward_function(self.function, what, rollout.prompts, rollout.responses)
+        scores = call_reward_function(
+            self.function, what, rollout.prompts, rollout.responses, on_error=self.on_error
+        )
         return torch.tensor(scores, dtype=torch.float32, device=rollout.response_ids.device)
 
 
@@ -72,6 +83,9 @@ class TokenReward:
     model: PreTrainedModel
     batch_size: int
     bf16: bool = False
+    on_error: OnError = "stop"
+    run: Callable[..., Any] | None = None
+    """Runs a function of the model where its parameters are elsewhere. None: the model is called as it is."""
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -79,8 +93,9 @@ class TokenReward:
         ids, mask = rollout.sequences
         rows = range(0, ids.shape[0], self.batch_size)
         parts = [slice(start, start + self.batch_size) for start in rows]
-        scores = torch.cat([last_token_scores(self.model, ids[p], mask[p], bf16=self.bf16) for p in parts])
-        return _finite(scores, self.name, rollout)
+        run = self.run or partial(_run, self.model)
+        scores = torch.cat([run(last_token_scores, ids[p], mask[p], bf16=self.bf16) for p in parts])
+        return _finite(scores, self.name, rollout, self.on_error)
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,9 @@ class TextReward:
     model: PreTrainedModel
     tokenizer: Tokenizer
     batch_size: int
+    on_error: OnError = "stop"
+    run: Callable[..., Any] | None = None
+    """As `TokenReward.run`."""
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -103,9 +121,9 @@ class TextReward:
             batch = self.tokenizer(
                 texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
             ).to(self.model.device)
-            scores.append(self.model(**batch).logits.squeeze(-1).float())
+            scores.append((self.run or partial(_run, self.model))(_label_scores, **batch))
         bias = getattr(self.model.config, "score_bias", 0.0)
-        return _finite(torch.cat(scores) - bias, self.name, rollout)
+        return _finite(torch.cat(scores) - bias, self.name, rollout, self.on_error)
 
 
 @dataclass(frozen=True)
@@ -123,21 +141,31 @@ class WeightedReward:
 
 
 def call_reward_function(
-    function: RewardFunction, name: str, prompts: list[str], responses: list[str]
+    function: RewardFunction,
+    name: str,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    on_error: OnError = "stop",
 ) -> list[float]:
     """Call a user's function (a reward or a judge; `name` is what an error calls it) and check what it returns.
 
+    Where it raises for the batch it is asked again for one sample at a time, to find those that it raises for. With
+    `on_error="drop"` these, and samples scored NaN or infinite, get NaN and a warning.
+
     Raises RewardError, with the user's own exception as its cause, where the function raises; where it returns
-    another number of scores than prompts; and where a score is no finite number (the sample is named).
+    another number of scores than prompts; and where a score is no finite number. The message names the sample.
     """
-    with _blame(name):
-        scores = function(prompts, responses)
-    values = scores.tolist() if isinstance(scores, Tensor) else scores
-    if not isinstance(values, (list, tuple)) and not hasattr(values, "__len__"):
-        raise RewardError(f"{name} returned {type(values).__name__}, expected a list of floats")
-    if len(values) != len(prompts):
-        raise RewardError(f"{name} returned {len(values)} scores for {len(prompts)} prompts")
-    return [_score(value, name, row, responses[row]) for row, value in enumerate(values)]
+    try:
+        scores = _call(function, name, prompts, responses)
+    except RewardError as error:
+        if error.__cause__ is None:  # it returned, but not what it must
+            raise
+        return _one_by_one(function, name, prompts, responses, on_error, error)
+    samples = enumerate(zip(scores, prompts, responses, strict=True))
+    return [
+        _score(score, name, _sample(row, prompt, text), on_error) for row, (score, prompt, text) in samples
+    ]
 
 
 def load_function(spec: str, field: str) -> RewardFunction:
@@ -170,14 +198,16 @@ def token_models(reward: Reward) -> list[PreTrainedModel]:
 
 def _load_source(source: RewardSource, tokenizer: Tokenizer, models: ModelsConfig, batch_size: int) -> Reward:
     if source.function is not None:
-        return FunctionReward(source.function, load_function(source.function, "rewards.function"))
+        return FunctionReward(
+            source.function, load_function(source.function, "rewards.function"), source.on_error
+        )
     assert source.model is not None  # RewardSource has checked it
     model = freeze(load_classifier(source.model, "rewards.model", models))
     own = load_tokenizer(source.model, "rewards.model", trust_remote_code=models.trust_remote_code)
     if source.input == "text":
-        return TextReward(source.model, model, own, batch_size)
+        return TextReward(source.model, model, own, batch_size, source.on_error)
     check_same_tokenizer(tokenizer, own, source.model, "rewards.model")
-    return TokenReward(source.model, model, batch_size, models.autocast)
+    return TokenReward(source.model, model, batch_size, models.autocast, source.on_error)
 
 
 def _module(name: str, field: str) -> ModuleType:
@@ -199,6 +229,14 @@ def _module_from_file(path: str, field: str) -> ModuleType:
     return module
 
 
+def _run(model: PreTrainedModel, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return function(model, *args, **options)
+
+
+def _label_scores(model: PreTrainedModel, **batch: Tensor) -> Tensor:
+    return model(**batch).logits.squeeze(-1).float()
+
+
 class _blame:
     """Report whatever a user's code raises as that code's error, with the original as its cause."""
 
@@ -214,25 +252,74 @@ class _blame:
             raise RewardError(f"{self.what} raised {type(error).__name__}: {error}") from error
 
 
-def _score(value: Any, name: str, row: int, response: str) -> float:
+def _call(function: RewardFunction, name: str, prompts: list[str], responses: list[str]) -> Sequence[Any]:
+    with _blame(name):
+        scores = function(prompts, responses)
+    values = scores.tolist() if isinstance(scores, Tensor) else scores
+    if not isinstance(values, (list, tuple)) and not hasattr(values, "__len__"):
+        raise RewardError(f"{name} returned {type(values).__name__}, expected a list of floats")
+    if len(values) != len(prompts):
+        raise RewardError(f"{name} returned {len(values)} scores for {len(prompts)} prompts")
+    return values
+
+
+def _one_by_one(
+    function: RewardFunction,
+    name: str,
+    prompts: list[str],
+    responses: list[str],
+    on_error: OnError,
+    error: RewardError,
+) -> list[float]:
+    """Scores of a batch that the function raised `error` for, a sample at a time; RewardError names the culprit."""
+    scores = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        sample = _sample(row, prompt, response)
+        try:
+            (score,) = _call(function, name, [prompt], [response])
+            scores.append(_score(score, name, sample, on_error))
+        except RewardError as own:
+            if on_error == "stop" or own.__cause__ is None:
+                raise RewardError(f"{own} for {sample}") from own.__cause__
+            _warn_dropped(f"{own} for {sample}")
+            scores.append(math.nan)
+    if on_error == "stop":
+        raise RewardError(
+            f"{error} for a batch of {len(prompts)} samples, though for none of them alone"
+        ) from error
+    return scores
+
+
+def _sample(row: int, prompt: str, response: str) -> str:
+    """How an error names a sample."""
+    return f"sample {row}, prompt {prompt[:60]!r}, response {response[:60]!r}"
+
+
+def _score(value: Any, name: str, sample: str, on_error: OnError) -> float:
     try:
         score = float(value)
     except (TypeError, ValueError) as error:
-        raise RewardError(f"{name} returned {value!r} for sample {row}, expected a float") from error
-    if not math.isfinite(score):
-        raise RewardError(
-            f"{name} returned {score} for sample {row}, expected a finite number; "
-            f"its response was {response[:80]!r}"
-        )
-    return score
+        raise RewardError(f"{name} returned {value!r}, expected a float, for {sample}") from error
+    if math.isfinite(score):
+        return score
+    told = f"{name} returned {score}, expected a finite number, for {sample}"
+    if on_error == "stop":
+        raise RewardError(told)
+    _warn_dropped(told)
+    return math.nan
 
 
-def _finite(scores: Tensor, name: str, rollout: Rollout) -> Tensor:
-    bad = (~torch.isfinite(scores)).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise RewardError(
-            f"reward model {name} scored sample {row} as {float(scores[row])}, expected a finite number; "
-            f"its response was {rollout.responses[row][:80]!r}"
-        )
-    return scores
+def _finite(scores: Tensor, name: str, rollout: Rollout, on_error: OnError) -> Tensor:
+    """The scores of a reward model, NaN for those that are dropped; RewardError where they may not be."""
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    for row in bad:
+        sample = _sample(row, rollout.prompts[row], rollout.responses[row])
+        told = f"reward model {name} gave {float(scores[row])}, expected a finite number, for {sample}"
+        if on_error == "stop":
+            raise RewardError(told)
+        _warn_dropped(told)
+    return scores.masked_fill(~torch.isfinite(scores), math.nan) if bad else scores
+
+
+def _warn_dropped(told: str) -> None:
+    warnings.warn(f"sample dropped: {told}", stacklevel=4)

@@ -7,6 +7,7 @@ Masks are made from lengths and from the first end token, never from pad ids: an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from typing import Any, cast
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ppo_fast.ppo.config import RolloutConfig
+from ppo_fast.ppo.interruption import EndGeneration, StopSignal
 from ppo_fast.ppo.models import autocast, vocabulary_size
+from ppo_fast.ppo.sampling import SeededSampling, fresh_seeds
 from ppo_fast.prepare.tokens import opening_ids, text_ids
 from ppo_fast.records import Rollout
 
-PAD_FILLER = 0  # any id will do where a tokenizer has no pad: masks say what counts
+PAD_FILLER = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                     f"{where}: record {number} has `messages`, but the tokenizer has no chat template"
                 )
             chat = _chat(record["messages"], f"{where}: record {number}")
+            for turn in chat:
+                _check_text(turn["content"], f"{where}: record {number}")
             try:
                 text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
             except TemplateError as error:
@@ -60,6 +65,7 @@ def encode_prompts(records: Sequence[dict[str, Any]], tokenizer: Tokenizer, wher
                 raise ValueError(
                     f"{where}: record {number} has the prompt {text!r}, expected text that is not blank"
                 )
+            _check_text(text, f"{where}: record {number}")
             ids = opening_ids(tokenizer) + text_ids(tokenizer, text)
         if not ids:
             raise ValueError(f"{where}: record {number} has a prompt without tokens: {text!r}")
@@ -120,25 +126,42 @@ def generate(
     config: RolloutConfig,
     *,
     bf16: bool = False,
+    stop: StopSignal | None = None,
+    seeds: Sequence[int] | None = None,
+    prompt_width: int = 0,
 ) -> Rollout:
     """One sampled response a prompt, from softmax(logits / temperature) and nothing else unless top_p or top_k ask.
 
     The model's own generation settings (repetition penalty, minimum length, top-k 50 by default) are set aside while
     sampling: each would make the sampled distribution another one than the scored one, and the KL meaningless.
+
+    `seeds`, one a prompt, fix each response's random numbers by themselves: whatever else is sampled beside it, here
+    or by another process, the draws are the same. None: seeds from torch's global generator. Prompts are padded to
+    `prompt_width` tokens at least.
+
+    Raises Interrupted within one token of a stop that was asked for.
     """
+    stop = stop or StopSignal()
     size = config.generation_batch_size or len(prompts)
     ends = end_token_ids(actor, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
-    ids, mask = left_pad(prompts, pad, actor.device)
+    pad = pad_token_id(tokenizer)
+    ids, mask = left_pad(prompts, pad, actor.device, prompt_width)
+    seeds = fresh_seeds(len(prompts)) if seeds is None else seeds
     chunks = []
     with torch.no_grad(), _own_generation_config(actor, GenerationConfig()), autocast(actor.device, bf16):
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            sampled = cast(Any, actor).generate(
+            sampled = cast(
+                Any, actor
+            ).generate(
                 input_ids=ids[rows],
                 attention_mask=mask[rows].long(),
-                generation_config=sampling_config(config, ends, pad),
+                stopping_criteria=[EndGeneration(stop)],
+                generation_config=generation_config(config, ends, pad),
+                logits_processor=LogitsProcessorList([SeededSampling(config, seeds[rows], ids.device)]),
+                synced_gpus=False,  # each process stops by itself: no rank waits for another's longest response
             )
+            stop.check()
             chunks.append(_widen(sampled[:, ids.shape[1] :], config.max_new_tokens, pad))
     response_ids = torch.cat(chunks)
     response_mask = counted_tokens(response_ids, ends)
@@ -155,18 +178,21 @@ def generate(
     )
 
 
-def sampling_config(config: RolloutConfig, ends: list[int], pad: int) -> GenerationConfig:
-    """Generation settings with every warper that this run does not ask for switched off by name."""
+def generation_config(config: RolloutConfig, ends: list[int], pad: int) -> GenerationConfig:
+    """Generation settings that leave the choice of tokens to `SeededSampling` alone: the largest of its scores."""
     return GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
+        do_sample=False,
+        num_beams=1,
         max_new_tokens=config.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
         use_cache=True,
     )
+
+
+def pad_token_id(tokenizer: Tokenizer) -> int:
+    """The tokenizer's pad, or any id where it has none: masks say what counts."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else PAD_FILLER
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
@@ -176,9 +202,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
-def left_pad(prompts: Sequence[Prompt], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts flush right: ids [B, P] int64 and mask [B, P] bool."""
-    width = max(len(prompt.ids) for prompt in prompts)
+def left_pad(
+    prompts: Sequence[Prompt], pad: int, device: torch.device, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Prompts flush right: ids [B, P] int64 and mask [B, P] bool, P the longest prompt or `width` if that is more."""
+    width = max(width, *(len(prompt.ids) for prompt in prompts))
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -200,11 +228,35 @@ def ended(response_ids: Tensor, response_mask: Tensor, ends: Sequence[int]) -> T
     return (is_end & response_mask).any(1)
 
 
+def first_rows(rollout: Rollout, count: int) -> Rollout:
+    """The first `count` rows."""
+    fields = {field.name: getattr(rollout, field.name)[:count] for field in dataclasses.fields(rollout)}
+    return Rollout(**fields)
+
+
+def widen_responses(rollout: Rollout, width: int, pad: int) -> Rollout:
+    """The rollout with response columns up to `width`: what is added is masked."""
+    more = width - rollout.response_ids.shape[1]
+    ids = torch.nn.functional.pad(rollout.response_ids, (0, more), value=pad)
+    mask = torch.nn.functional.pad(rollout.response_mask, (0, more), value=False)
+    return dataclasses.replace(rollout, response_ids=ids, response_mask=mask)
+
+
 def decode(tokenizer: Tokenizer, response_ids: Tensor, response_mask: Tensor) -> list[str]:
     """Text of each response's counted tokens, special tokens left out."""
     rows = zip(response_ids.tolist(), response_mask.tolist(), strict=True)
     kept = [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
+def _check_text(text: str, where: str) -> None:
+    """Text that a tokenizer can take: UTF-8 holds it, and no character is NUL."""
+    bad = next(
+        (place for place, letter in enumerate(text) if letter == "\0" or "\ud800" <= letter <= "\udfff"), None
+    )
+    if bad is not None:
+        kind = "a NUL character" if text[bad] == "\0" else "half of a surrogate pair"
+        raise ValueError(f"{where} has {kind} at place {bad} of its text, expected Unicode text")
 
 
 def _chat(messages: Any, where: str) -> list[dict[str, str]]:

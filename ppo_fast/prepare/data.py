@@ -35,6 +35,10 @@ def read_csv(path: str | Path, required: Sequence[Sequence[str]]) -> list[Row]:
     with _existing(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
+            header = reader.fieldnames or []
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{path}: line 1: has the column {twice!r} twice")
             rows = list(_checked(Path(path), ((reader.line_num, row) for row in reader), required))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: after line {reader.line_num}: not UTF-8 ({error.reason})") from error
@@ -67,6 +71,8 @@ def _existing(path: str | Path) -> Path:
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{file}: is a folder, expected a file")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: is no regular file")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     return file
@@ -78,7 +84,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text, object_pairs_hook=_keys_once)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: line {number}: not UTF-8 ({error.reason})") from error
         except RecursionError as error:
@@ -87,9 +94,19 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             raise ValueError(
                 f"{path}: line {number}: not JSON ({error.msg}, column {error.colno})"
             ) from error
+        except ValueError as error:  # a key twice, or a number of more digits than Python reads
+            raise ValueError(f"{path}: line {number}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number}: {_short(row)}, expected a JSON object")
         yield number, row
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> Row:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"has the key {twice!r} twice")
+    return dict(pairs)
 
 
 def _checked(

@@ -19,6 +19,10 @@ GLOSSARY: dict[str, Metric] = {
     "objective/scores": Metric(
         "reward", "mean score of the batch's responses, before clipping and without KL"
     ),
+    "objective/dropped": Metric(
+        "responses",
+        "samples left out of the step because their reward failed, where `on_error: drop` allows it",
+    ),
     "objective/kl": Metric(
         "nats per sequence",
         "KL of the sampling policy from the reference, estimated per token and summed over a response",
@@ -69,6 +73,12 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "optim/critic_grad_norm": Metric(
         "", "norm of the critic's gradient before clipping, mean over the step's updates"
+    ),
+    "optim/micro_batch_size": Metric(
+        "sequences", "size of a micro-batch: the configured one, or less after memory ran out"
+    ),
+    "optim/skipped_updates": Metric(
+        "updates", "updates of the step that were skipped because a loss or gradient was not finite"
     ),
     "time/rollout": Metric("seconds", "sampling the responses"),
     "time/scoring": Metric("seconds", "reward, and log-probabilities and values of all models"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -20,7 +22,14 @@ from transformers import (
 )
 
 from ppo_fast.ppo import PPOConfig, PPOTrainer, RolloutConfig
-from ppo_fast.ppo.config import ObjectiveConfig, OptimizerConfig
+from ppo_fast.ppo.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelsConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RewardSource,
+)
 from ppo_fast.ppo.models import critic_from_actor, freeze
 from ppo_fast.ppo.rewards import FunctionReward
 from ppo_fast.ppo.rollout import Prompt, encode_prompts
@@ -72,6 +81,9 @@ def even_words(prompts: list[str], responses: list[str]) -> list[float]:
     """Share of each response's words that are w0, w2, w4, ...: about 0.4 for an untrained model."""
     even = {f"w{number}" for number in range(0, 31, 2)}
     return [sum(word in even for word in text.split()) / max(1, len(text.split())) for text in responses]
+
+
+JUDGE = "def judge(prompts, responses):\n    return [float(len(r.split())) for r in responses]\n"
 
 
 @dataclass
@@ -128,3 +140,54 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., s
         return str(tmp_path / name)
 
     return save
+
+
+@pytest.fixture
+def settings(world: Any, saved: Callable[..., str], tmp_path: Path) -> Callable[..., PPOConfig]:
+    """A config over saved models; keyword arguments replace fields."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in world.prompts))
+    (tmp_path / "judge.py").write_text(JUDGE)
+    actor, reward = saved(world.actor(), "lm"), saved(world.classifier(), "rm")
+
+    def make(**changes: Any) -> PPOConfig:
+        fields: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "steps": 4,
+            "models": ModelsConfig(actor=actor, device="cpu"),
+            "rewards": [RewardSource(model=reward)],
+            "data": DataConfig(prompts=str(prompts), eval_prompts=str(prompts)),
+            "evaluation": EvaluationConfig(max_prompts=4, judges={"words": f"{tmp_path / 'judge.py'}:judge"}),
+            "tensorboard": False,
+        }
+        return world.config(**{**fields, **changes})
+
+    return make
+
+
+CLOCK = ("time/", "throughput/")  # the only metrics in which two equal runs differ
+
+
+def left_behind(run: Path) -> tuple[list[dict[str, Any]], str, dict[str, torch.Tensor]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
+    weights = {
+        f"{name}.{key}": value
+        for name in ("actor", "critic")
+        for key, value in load_file(run / name / "model.safetensors").items()
+    }
+    return metrics, (run / "samples.jsonl").read_text(), weights
+
+
+@pytest.fixture
+def same_runs() -> Callable[[Path, Path], None]:
+    """Assert that two finished runs left the same metrics, samples and weights, bit for bit."""
+
+    def check(ours: Path, theirs: Path) -> None:
+        (metrics, samples, weights), expected = left_behind(ours), left_behind(theirs)
+        assert metrics == expected[0]
+        assert samples == expected[1]
+        assert weights.keys() == expected[2].keys()
+        assert all(torch.equal(value, expected[2][name]) for name, value in weights.items())
+
+    return check

@@ -118,9 +118,9 @@ def test_sources_add_up_by_weight(world: Any) -> None:
     [
         (lambda p, r: [1.0], "returned 1 scores for 8 prompts"),
         (lambda p, r: 3.0, "returned float, expected a list of floats"),
-        (lambda p, r: [0.0] * 7 + [float("nan")], "returned nan for sample 7, expected a finite number"),
-        (lambda p, r: [float("inf")] + [0.0] * 7, "returned inf for sample 0"),
-        (lambda p, r: ["x"] * 8, "returned 'x' for sample 0, expected a float"),
+        (lambda p, r: [0.0] * 7 + [float("nan")], "returned nan, expected a finite number, for sample 7"),
+        (lambda p, r: [float("inf")] + [0.0] * 7, "returned inf, expected a finite number, for sample 0"),
+        (lambda p, r: ["x"] * 8, "returned 'x', expected a float, for sample 0"),
         (lambda p, r: 1 / 0, "raised ZeroDivisionError: division by zero"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_reward_function_that_fails_is_named(world: Any, function: Any, messag
 def test_a_reward_model_that_scores_nan_names_the_sample(world: Any) -> None:
     model = world.classifier()
     nn.init.constant_(model.score.weight, float("nan"))
-    with pytest.raises(RewardError, match="reward model rm scored sample 0 as nan"):
+    with pytest.raises(RewardError, match="reward model rm gave nan, expected a finite number, for sample 0"):
         TokenReward("rm", model, 4)(world.trainer().sample(world.prompts))
 
 

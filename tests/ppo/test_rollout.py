@@ -20,9 +20,10 @@ from ppo_fast.ppo.rollout import (
     end_token_ids,
     ended,
     generate,
+    generation_config,
     left_pad,
-    sampling_config,
 )
+from ppo_fast.ppo.sampling import SeededSampling, stream_seeds
 
 CPU = torch.device("cpu")
 
@@ -109,7 +110,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=["plain", "temperature", "top_p", "all three"])
-def test_scored_distribution_is_the_sampled_one(world: Any, config: RolloutConfig) -> None:
+def test_scored_distribution_is_the_sampled_one(
+    world: Any, monkeypatch: pytest.MonkeyPatch, config: RolloutConfig
+) -> None:
     """Logprobs that the trainer scores against those of the sampler's own processed scores, token by token."""
     from ppo_fast.ppo.experience import kept_tokens
 
@@ -119,20 +122,16 @@ def test_scored_distribution_is_the_sampled_one(world: Any, config: RolloutConfi
         repetition_penalty=5.0, top_k=2, min_new_tokens=4, bad_words_ids=[[9]], eos_token_id=1
     )
     recorded: list[torch.Tensor] = []
-    original = actor.generate
+    distribution = SeededSampling.distribution
 
-    def spy(**options: Any) -> torch.Tensor:
-        options["generation_config"].output_scores = True
-        options["generation_config"].return_dict_in_generate = True
-        output = original(**options)
-        recorded.append(torch.stack(output.scores, 1))
-        return output.sequences
+    def spy(self: SeededSampling, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        recorded.append(distribution(self, ids, scores))
+        return recorded[-1]
 
-    actor.generate = spy
+    monkeypatch.setattr(SeededSampling, "distribution", spy)
     torch.manual_seed(1)
     rollout = generate(actor, world.tokenizer, world.prompts, config)
-    del actor.generate
-    scores = recorded[0][:, : rollout.response_ids.shape[1]]
+    scores = torch.stack(recorded, 1)[:, : rollout.response_ids.shape[1]]
     sampled = (
         torch.log_softmax(scores.double(), -1).gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
     )
@@ -146,15 +145,64 @@ def test_scored_distribution_is_the_sampled_one(world: Any, config: RolloutConfi
     assert actor.generation_config.repetition_penalty == 5.0  # set aside while sampling, not thrown away
 
 
-def test_the_sampler_is_asked_for_every_token(world: Any) -> None:
-    """generate's own default is top-k 50, which no vocabulary of this file's size would notice."""
-    config = sampling_config(RolloutConfig(), [1], 0)
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 1.0, 1.0, 0)
-    assert [
-        name
-        for name in ("repetition_penalty", "min_new_tokens", "min_p", "typical_p")
-        if getattr(config, name)
-    ] == []
+def test_nothing_but_the_sampler_touches_the_scores(world: Any) -> None:
+    """generate's own settings would add warpers, such as top-k 50, which no vocabulary of this file's size notices."""
+    config = generation_config(RolloutConfig(temperature=0.5, top_p=0.5, top_k=3), [1], 0)
+    names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "min_new_tokens", "min_p")
+    assert [name for name in names if getattr(config, name)] == []
+
+
+def test_samples_follow_the_distribution() -> None:
+    """20,000 draws from four logits at temperature 2, each with its own seed: frequencies within four deviations."""
+    logits = torch.tensor([2.0, 0.0, -1.0, -torch.inf])
+    truth = torch.softmax(logits.double() / 2, 0)
+    rows = 20_000
+    sampling = SeededSampling(
+        RolloutConfig(temperature=2.0), stream_seeds(0, "training", 0, rows), torch.device("cpu")
+    )
+    none = torch.empty(0, dtype=torch.long)
+    chosen = sampling(none, logits.expand(rows, 4).clone()).argmax(-1)
+    share = torch.bincount(chosen, minlength=4).double() / rows
+    assert ((share - truth).abs() <= 4 * (truth * (1 - truth) / rows).sqrt()).all()
+    again = sampling(none, logits.expand(rows, 4).clone()).argmax(-1)  # the next token: new draws, as good
+    both = torch.bincount(chosen * 4 + again, minlength=16).double().view(4, 4) / rows
+    pairs = truth[:, None] * truth
+    assert ((both - pairs).abs() <= 4 * (pairs * (1 - pairs) / rows).sqrt()).all()
+
+
+def test_a_response_depends_on_its_own_seed_alone(world: Any) -> None:
+    """The same prompts in other company, in another order and padded wider, as another number of processes has them."""
+    config = RolloutConfig(max_new_tokens=6)
+    seeds = stream_seeds(3, "training", 0, 8)
+    whole = generate(world.actor(), world.tokenizer, world.prompts, config, seeds=seeds)
+    assert len(set(whole.responses)) > 1
+    rows = [6, 1, 4]
+    part = generate(
+        world.actor(),
+        world.tokenizer,
+        [world.prompts[row] for row in rows],
+        config,
+        seeds=[seeds[row] for row in rows],
+        prompt_width=11,
+    )
+    assert part.prompt_ids.shape[1] == 11
+    assert part.responses == [whole.responses[row] for row in rows]
+    other = generate(
+        world.actor(), world.tokenizer, world.prompts, config, seeds=stream_seeds(4, "training", 0, 8)
+    )
+    assert other.responses != whole.responses
+
+
+def test_seeds_of_a_run_do_not_collide() -> None:
+    """mt19937 takes 32 bits of a seed: among these few streams none may meet."""
+    found = [
+        seed % 2**32
+        for run in range(4)
+        for stream in ("training", "evaluation", "order")
+        for seed in stream_seeds(run, stream, 0, 500)
+    ]
+    assert len(set(found)) == len(found)
+    assert stream_seeds(1, "training", 100, 3) == stream_seeds(1, "training", 0, 103)[100:]
 
 
 def test_kl_of_equal_policies_is_zero_under_every_sampler(world: Any) -> None:

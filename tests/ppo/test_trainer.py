@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_fast.ppo.config import RolloutConfig
+from ppo_fast.ppo.config import OptimizerConfig, RolloutConfig
 from ppo_fast.report import GLOSSARY
 
 
@@ -132,7 +132,10 @@ def test_first_pass_keeps_the_order_and_later_passes_shuffle(world: Any) -> None
     assert list(trainer.minibatches(0)) == [slice(0, 4), slice(4, 8)]
     later = torch.cat(list(trainer.minibatches(1)))
     assert sorted(later.tolist()) == list(range(8))
-    assert any(torch.cat(list(trainer.minibatches(1))).tolist() != later.tolist() for _ in range(3))
+    assert torch.cat(list(trainer.minibatches(2))).tolist() != later.tolist()
+    assert torch.equal(torch.cat(list(trainer.minibatches(1))), later)  # on every process the same
+    trainer.step()
+    assert torch.cat(list(trainer.minibatches(1))).tolist() != later.tolist()
 
 
 def test_a_step_reports_every_metric_of_the_glossary_and_nothing_else(world: Any) -> None:
@@ -160,26 +163,62 @@ def test_reward_rises(world: Any) -> None:
     assert sum(scores[-3:]) / 3 > 0.8
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights(world: Any) -> None:
+@pytest.mark.parametrize("poisoned", ["advantages", "returns"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_update_that_is_not_finite_is_skipped_by_both_models(
+    world: Any, poisoned: str, value: float
+) -> None:
+    """Bad advantages reach the actor alone, bad returns the critic alone; neither may step without the other."""
     trainer = world.trainer()
     scored = trainer.score(trainer.sample(world.prompts))
     experience = trainer.experience(scored)
-    before = copy.deepcopy(trainer.actor.model.state_dict())
-    poisoned = experience._replace(advantages=torch.full_like(experience.advantages, torch.inf))
-    with pytest.raises(FloatingPointError, match="the actor's gradient norm is .*actor_lr"):
-        trainer.updater.minibatch(scored, poisoned, slice(0, 8))
-    assert all(torch.equal(before[key], value) for key, value in trainer.actor.model.state_dict().items())
+    before = [copy.deepcopy(model.model.state_dict()) for model in trainer.updater.learners]
+    bad = experience._replace(**{poisoned: torch.full_like(experience.advantages, value)})
+    assert trainer.updater.minibatch(scored, bad, slice(0, 8)).skipped
+    for learner, state in zip(trainer.updater.learners, before, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in learner.model.state_dict().items())
+        assert all(parameter.grad is None for parameter in learner.model.parameters())
+        assert learner.scheduler.last_epoch == 0
+    assert trainer.updater.skipped_in_a_row == 1
+    assert not trainer.updater.minibatch(scored, experience, slice(0, 8)).skipped
+    assert trainer.updater.skipped_in_a_row == 0
 
 
-def test_a_bad_critic_gradient_leaves_the_actor_alone(world: Any) -> None:
-    trainer = world.trainer()
+def test_too_many_skipped_updates_in_a_row_stop_the_run(world: Any) -> None:
+    trainer = world.trainer(world.config(optimizer=OptimizerConfig(1e-3, 1e-3, max_skipped_updates=2)))
     scored = trainer.score(trainer.sample(world.prompts))
     experience = trainer.experience(scored)
-    before = copy.deepcopy(trainer.actor.model.state_dict())
-    poisoned = experience._replace(returns=torch.full_like(experience.returns, torch.inf))
-    with pytest.raises(FloatingPointError, match="the critic's gradient norm"):
-        trainer.updater.minibatch(scored, poisoned, slice(0, 8))
-    assert all(torch.equal(before[key], value) for key, value in trainer.actor.model.state_dict().items())
+    bad = experience._replace(advantages=torch.full_like(experience.advantages, math.nan))
+    for rows in (bad, bad, experience, bad, bad):  # one good update in between starts the count anew
+        trainer.updater.minibatch(scored, rows, slice(0, 8))
+    with pytest.raises(
+        FloatingPointError, match=r"3 update.s. in a row .* optimizer.max_skipped_updates=2 .*nan"
+    ):
+        trainer.updater.minibatch(scored, bad, slice(0, 8))
+
+
+def test_skipped_updates_are_counted_and_leave_the_means_alone(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = world.trainer()
+    minibatch, calls = type(trainer.updater).minibatch, []
+
+    def poisoned(self: Any, scored: Any, experience: Any, rows: Any) -> Any:
+        calls.append(rows)
+        if len(calls) in bad:
+            experience = experience._replace(returns=torch.full_like(experience.returns, math.inf))
+        return minibatch(self, scored, experience, rows)
+
+    monkeypatch.setattr(type(trainer.updater), "minibatch", poisoned)
+    bad = {2, 3}
+    metrics = trainer.step()
+    assert metrics["optim/skipped_updates"] == 2.0
+    assert all(math.isfinite(value) for value in metrics.values())
+    bad = {5, 6, 7, 8}
+    metrics = trainer.step()
+    assert metrics["optim/skipped_updates"] == 4.0
+    assert math.isnan(metrics["loss/value"])
+    assert math.isfinite(metrics["objective/kl"])
 
 
 def test_the_value_clip_of_the_config_is_the_one_applied(world: Any) -> None:
@@ -198,8 +237,6 @@ def test_the_value_clip_of_the_config_is_the_one_applied(world: Any) -> None:
 
 
 def test_learning_rates_anneal_to_zero_apart(world: Any) -> None:
-    from ppo_fast.ppo.config import OptimizerConfig
-
     optimizer = OptimizerConfig(actor_lr=1e-3, critic_lr=4e-3, schedule="linear")
     trainer = world.trainer(world.config(steps=2, optimizer=optimizer))
     assert (trainer.actor.learning_rate, trainer.critic.learning_rate) == (1e-3, 4e-3)
