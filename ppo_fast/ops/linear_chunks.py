@@ -111,7 +111,7 @@ class Chunk:
 
     rows: slice
     x: Tensor
-    """[R, D]; past the chunk's own rows it holds zeros."""
+    """[R, D]; what stands past the chunk's own rows is of no account."""
 
     @property
     def count(self) -> int:
@@ -148,7 +148,6 @@ class Chunks:
         x.copy_(self.hidden[rows] if self.chosen is None else self.hidden[self.chosen[rows]])
         if self.counted is not None:
             x.masked_fill_(~self.counted[rows].unsqueeze(-1), 0.0)
-        self.x[count:].zero_()
         return self.x
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from ppo_fast.ppo.config import RolloutConfig
 from ppo_fast.ppo.experience import PolicyView
-from ppo_fast.ppo.head import HeadForm, head_form, head_of, response_hidden
-from ppo_fast.ppo.models import response_logits
+from ppo_fast.ppo.head import HeadForm, head_form
+from ppo_fast.records import Rollout
 
 SIZES = {
     "vocab_size": 40,
@@ -44,16 +44,30 @@ def test_scale_and_softcap_of_the_config_are_those_of_the_logits(name: str) -> N
     config, form = FORMS[name]
     model = make(config)
     assert head_form(model) == form
-    ids, mask = torch.randint(40, (2, 7)), torch.ones(2, 7)
-    view = PolicyView(0.7, bf16=False, impl="auto")
-    logits = response_logits(model, ids, mask, 3, bf16=False)
-    expected = view.score(logits, ids[:, -3:], None)
-    hidden = response_hidden(model, ids, mask, 3, bf16=False)
-    weight, _ = head_of(model, bf16=False)
-    z = hidden @ weight.T
-    z = z if form.softcap is None else form.softcap * torch.tanh(z / form.softcap)
-    for a, b in zip(view.score(z * form.scale, ids[:, -3:], None), expected, strict=True):
+    rollout = Rollout(
+        prompt_ids=torch.randint(40, (2, 3)),
+        prompt_mask=torch.tensor([[False, True, True], [True, True, True]]),
+        response_ids=torch.randint(40, (2, 4)),
+        response_mask=torch.tensor([[True, True, True, False], [True, True, True, True]]),
+        ended=torch.ones(2, dtype=torch.bool),
+        prompts=["", ""],
+        responses=["", ""],
+    )
+    view, rows = PolicyView(0.7, bf16=False, impl="auto"), slice(0, 2)
+    logprobs, entropy = view(model, rollout, rows, None)
+    logits = view.logits(model, rollout, rows)
+    for a, b in zip((logprobs, entropy), view.score(logits, rollout.response_ids, None), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    numbers = (logprobs.detach() - 0.1, torch.linspace(-1, 1, 8).view(2, 4))
+    everything = torch.ones_like(logits, dtype=torch.bool)  # a kept set sends the view to the logits
+    for parameter in (model.get_output_embeddings().weight, model.model.norm.weight):
+        gradients = [
+            torch.autograd.grad(
+                view.loss(model, rollout, rows, kept, *numbers, entropy_coef=0.1).loss, parameter
+            )[0]
+            for kept in (None, everything)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_a_config_that_says_something_else_than_the_model_does_is_found_out(world: Any) -> None:
