@@ -130,7 +130,7 @@ quick = settings(
 @example(command="train", rest=["rewards=[1]"])
 @example(command="--local_rank", rest=["2"])
 def test_command_lines(command: str, rest: list[str]) -> None:
-    if command == "doctor" and not rest:
+    if cli.as_options([command, *rest]) == ["doctor"]:
         return  # the one that does its work
     with tempfile.TemporaryDirectory() as folder:
         code, told = run([command, *rest], Path(folder))

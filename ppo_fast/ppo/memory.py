@@ -57,12 +57,13 @@ class ModelShape:
     @classmethod
     def of(cls, model: torch.nn.Module) -> ModelShape:
         """Shape of a transformers decoder, on whatever device, `meta` included."""
-        config: Any = model.config
-        hidden, heads = config.hidden_size, config.num_attention_heads
+        # Most configs map the names of their own onto these; what one lacks is taken from what is there.
+        config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+        hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", 1)
         head = getattr(config, "head_dim", None) or hidden // heads
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            layers=config.num_hidden_layers,
+            layers=getattr(config, "num_hidden_layers", 1),
             hidden=hidden,
             intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
             kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head,

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -79,6 +80,20 @@ def load_classifier(source: str, field: str, config: ModelsConfig) -> PreTrained
             f"{field}: {source!r} has {model.config.num_labels} labels, expected a model with num_labels=1"
         )
     return model
+
+
+def sizes_without_loading(source: str, kind: Any, config: ModelsConfig) -> PreTrainedModel | None:
+    """The model of a folder as sizes alone, on torch's `meta` device; None where its config cannot be read.
+
+    `kind` is an Auto class. Loading the folder will say what is wrong with it.
+    """
+    trust = config.trust_remote_code
+    try:
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        with torch.device("meta"):
+            return kind.from_config(settings, trust_remote_code=trust)
+    except (OSError, ValueError):
+        return None
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -135,10 +135,13 @@ def _not_finite(value: object) -> bool:
 
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("a") as stream:
-        stream.writelines(json.dumps(record) + "\n" for record in records)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with path.open("a") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in records)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: could not be written ({error.strerror})") from error
 
 
 def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:

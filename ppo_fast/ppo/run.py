@@ -10,8 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +26,7 @@ from ppo_fast.ppo.config import PPOConfig
 from ppo_fast.ppo.engine_config import learner_settings, loading_device, uses_deepspeed
 from ppo_fast.ppo.evaluate import Evaluation
 from ppo_fast.ppo.interruption import Interrupted, StopSignal
+from ppo_fast.ppo.memory import ModelShape, Workload, check_memory, device_memory, estimate_memory
 from ppo_fast.ppo.parallel import Shard, agreed, process_group
 from ppo_fast.ppo.ranks import Ranks
 from ppo_fast.ppo.recorder import Recorder, check_folder, drop_after, open_folder
@@ -78,7 +85,7 @@ def _train(config: PPOConfig, ranks: Ranks) -> Path:
         check_folder(folder, config.to_dict(), resume=resume)
 
     agreed(ranks, check)
-    if ranks.any(resume and (folder / FINISHED).is_file()):
+    if ranks.any(config.resume == "auto" and (folder / FINISHED).is_file()):
         if ranks.first:
             tqdm.write(f"{folder} holds a finished run")
             _print(folder, config)
@@ -119,6 +126,9 @@ def _open(folder: Path, config: PPOConfig, trainer: PPOTrainer, *, resumed: bool
     open_folder(folder, config.to_dict())
     write_whole(folder / "environment.json", json.dumps(describe_environment(), indent=1))
     if resumed:
+        (folder / FINISHED).unlink(
+            missing_ok=True
+        )  # a finished run that was sent back to an older checkpoint
         tqdm.write(f"resuming {_place(trainer)}")
     # Without a checkpoint nothing of an interrupted run counts, the evaluation before its first step included.
     drop_after(
@@ -159,6 +169,8 @@ def _load(config: PPOConfig) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(config.models.actor, "models.actor", trust_remote_code=trust)
     prompts = encode_prompts(prompt_rows, tokenizer, data.prompts)
     eval_prompts: Sequence[Prompt] = encode_prompts(eval_rows, tokenizer, str(data.eval_prompts))
+    if not uses_deepspeed(config):  # whose engines hold parts of models
+        check_fits(config, max(len(prompt.ids) for prompt in [*prompts, *eval_prompts]))
     config = dataclasses.replace(
         config, models=dataclasses.replace(config.models, device=loading_device(config))
     )
@@ -174,6 +186,45 @@ def _load(config: PPOConfig) -> dict[str, Any]:
         "eval_prompts": eval_prompts,
         "judges": judges,
     }
+
+
+def check_fits(config: PPOConfig, longest_prompt: int) -> None:
+    """Hold what the four models and the batch will take against the device's memory, before anything is loaded.
+
+    Raises ValueError where the models alone are more than there is, warns where the batch may be.
+    """
+
+    def sizes(source: str, kind: Any) -> ModelShape | None:
+        model = models.sizes_without_loading(source, kind, config.models)
+        return ModelShape.of(model) if model is not None else None
+
+    actor = sizes(config.models.actor, AutoModelForCausalLM)
+    if actor is None:
+        return
+    reference = sizes(config.models.reference, AutoModelForCausalLM) if config.models.reference else actor
+    judges = [
+        sizes(source.model, AutoModelForSequenceClassification) for source in config.rewards if source.model
+    ]
+    rewards = [shape for shape in judges if shape is not None]
+    critic = rewards[0] if rewards and config.models.critic in ("auto", "reward") else actor
+    if config.models.critic not in ("auto", "reward", "actor"):
+        critic = sizes(config.models.critic, AutoModelForSequenceClassification) or actor
+    device = models.resolve_device(config.models.device)
+    size = 2 if config.models.dtype == "bfloat16" else 4
+    work = Workload(
+        prompt=longest_prompt,
+        response=config.rollout.max_new_tokens,
+        generated=min(
+            config.rollout.generation_batch_size or config.rollout.batch_size, config.rollout.batch_size
+        ),
+        micro_batch=min(config.objective.micro_batch_size, config.minibatch_size),
+        weight_bytes=size,
+        activation_bytes=size,
+        optimizer_bytes=2 * size,
+        device=device.type,
+    )
+    estimate = estimate_memory(actor, critic, [reference or actor, *rewards], work)
+    check_memory(estimate, device_memory(device), str(device), work)
 
 
 def load_reference(config: PPOConfig, actor: PreTrainedModel) -> PreTrainedModel:
@@ -273,7 +324,10 @@ def _save(trainer: PPOTrainer, config: PPOConfig, folder: Path) -> None:
         weights = learner.weights()  # every process has a share in them
         if not trainer.stop.ranks.first:
             continue
-        learner.model.save_pretrained(folder / learner.name, state_dict=weights)
+        try:
+            learner.model.save_pretrained(folder / learner.name, state_dict=weights)
+        except SafetensorError as error:
+            raise OSError(f"{folder / learner.name}: the model could not be written ({error})") from error
         trainer.tokenizer.save_pretrained(folder / learner.name)
     if not trainer.stop.ranks.first:
         return

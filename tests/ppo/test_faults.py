@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ppo_fast.cli import main
 from ppo_fast.ppo import PPOConfig
 from ppo_fast.ppo.config import CheckpointConfig, EvaluationConfig, RewardSource
 from ppo_fast.ppo.experience import PolicyView
+from ppo_fast.ppo.recorder import Recorder
 from ppo_fast.ppo.rewards import (
     FunctionReward,
     RewardError,
@@ -311,3 +313,22 @@ def test_a_disk_that_fills_up_during_a_save_stops_the_run_with_the_last_checkpoi
     for name in ("actor", "critic"):
         theirs = (whole / name / "model.safetensors").read_bytes()
         assert (small_disk / "run" / name / "model.safetensors").read_bytes() == theirs
+
+
+def test_records_and_models_that_cannot_be_written_are_named(
+    settings: Callable[..., PPOConfig], small_disk: Path
+) -> None:
+    """With the disk full from the start the first record fails, with little room the models at the end."""
+    filler = small_disk / "filler"
+    config = settings(output_dir=str(small_disk / "run"), steps=1)
+    free = shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(free - 150_000))
+    with pytest.raises(OSError, match=r"run/(actor|critic): the model could not be written .*No space left"):
+        train(config)
+    filler.unlink()
+    train(replace(config, resume="auto"))
+    shutil.rmtree(small_disk / "run")
+    recorder = Recorder(small_disk, tensorboard=False, first_step=1)
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(OSError, match=r"samples.jsonl: could not be written .No space left"):
+        recorder.samples([{"step": 0, "response": "x" * 100_000}])

@@ -205,6 +205,30 @@ def test_a_run_of_other_settings_is_not_resumed(settings: Callable[..., PPOConfi
         train(settings(resume="auto", seed=5, steps=6))
 
 
+def test_a_torn_checkpoint_is_refused_and_the_one_before_taken(
+    settings: Callable[..., PPOConfig], tmp_path: Path, same_runs: Any
+) -> None:
+    options = {"checkpoint": CheckpointConfig(every=1, keep=2)}
+    run = train(settings(**options))
+    whole = train(settings(output_dir=str(tmp_path / "whole"), **options))
+    (run / "finished.json").unlink()
+    torn = run / "checkpoints" / "step_000003" / "critic_optimizer.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    before = (run / "metrics.jsonl").read_bytes()
+    older = run / "checkpoints" / "step_000002"
+    with pytest.raises(
+        ValueError, match=rf"^{torn}: has .* torn. The one before it, .* resume={older} goes on"
+    ):
+        train(settings(resume="auto", **options))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train(settings(resume=str(older), **options))
+    same_runs(run, whole)
+    train(
+        settings(resume=str(older.with_name("step_000003")), **options)
+    )  # a finished run can be sent back, too
+    same_runs(run, whole)
+
+
 def test_evaluation_does_not_disturb_training(settings: Callable[..., PPOConfig], tmp_path: Path) -> None:
     evaluation = EvaluationConfig(every=1, max_prompts=3)
     often = train(settings(output_dir=str(tmp_path / "often"), evaluation=evaluation))
