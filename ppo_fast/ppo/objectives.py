@@ -5,6 +5,7 @@ Each is a plain function of numbers, so that a run's controller state is one flo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,8 +27,11 @@ class AdaptiveKLController:
     horizon: int
 
     def update(self, kl: float, episodes: int) -> None:
-        """Move the coefficient after a batch of `episodes` sequences with mean divergence `kl` (nats)."""
-        if self.target is None:
+        """Move the coefficient after a batch of `episodes` sequences with mean divergence `kl` (nats).
+
+        A divergence that is not finite moves nothing: one bad batch must not end the coefficient.
+        """
+        if self.target is None or not math.isfinite(kl):
             return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * episodes / self.horizon

@@ -37,6 +37,7 @@ def warnings_for(metrics: Sequence[Metrics]) -> list[str]:
     evaluations = [entry for entry in metrics if _is_evaluation(entry)]
     return [
         *_not_finite(metrics),
+        *_left_out(training),
         *_negative_kl(metrics),
         *_large_kl(training),
         *_clipping(training),
@@ -67,6 +68,19 @@ def _not_finite(metrics: Sequence[Metrics]) -> Iterator[str]:
         first = min(step for step, _ in bad)
         names = ", ".join(sorted({key for _, key in bad}))
         yield f"NaN or infinite values from step {first:.0f} on in {names}. Trust nothing after that step."
+
+
+def _left_out(training: Sequence[Metrics]) -> Iterator[str]:
+    skipped, dropped = (
+        sum(_finite(training, metric)) for metric in ("optim/skipped_updates", "objective/dropped")
+    )
+    if skipped:
+        yield (
+            f"{skipped:.0f} updates were skipped because a loss or gradient was not finite. Lower the learning "
+            "rate, or look for the batches that cause it."
+        )
+    if dropped:
+        yield f"{dropped:.0f} responses were left out because their reward failed: see the warnings of the run."
 
 
 def _negative_kl(metrics: Sequence[Metrics]) -> Iterator[str]:

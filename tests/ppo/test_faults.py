@@ -332,3 +332,10 @@ def test_records_and_models_that_cannot_be_written_are_named(
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(OSError, match=r"samples.jsonl: could not be written .No space left"):
         recorder.samples([{"step": 0, "response": "x" * 100_000}])
+
+
+def test_an_actor_whose_weights_are_lost(world: Any) -> None:
+    trainer = world.trainer()
+    torch.nn.init.constant_(trainer.actor.model.lm_head.weight, math.nan)
+    with pytest.raises(FloatingPointError, match="the actor's logits are not finite.* optimizer.actor_lr"):
+        trainer.step()

@@ -103,3 +103,10 @@ def test_ppo2_normalises_advantages_and_clips_values() -> None:
 def test_settings_out_of_range(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kl", [float("nan"), float("inf"), -float("inf")])
+def test_adaptive_kl_is_not_moved_by_a_divergence_that_is_not_finite(kl: float) -> None:
+    controller = AdaptiveKLController(0.1, target=6.0, horizon=100)
+    controller.update(kl, 10)
+    assert controller.coef == 0.1

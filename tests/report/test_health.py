@@ -142,3 +142,10 @@ def test_score_and_judge_that_agree_give_no_warning(scores: list[float], vader: 
 def test_missing_metrics_give_no_warning() -> None:
     assert warnings_for([{"step": 1.0}]) == []
     assert warnings_for([]) == []
+
+
+def test_skipped_updates_and_dropped_samples_are_told() -> None:
+    (told,) = warnings_for(steps(optim__skipped_updates=lambda step: 3.0 * (step == 4)))
+    assert told.startswith("3 updates were skipped")
+    (told,) = warnings_for(steps(objective__dropped=0.5))
+    assert told.startswith("5 responses were left out")
