@@ -26,6 +26,18 @@ def promoted(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
+def wide_index(index: Tensor) -> Tensor:
+    """An index that torch.gather takes, in the dtype that our ops take; any other is left to be refused."""
+    return index.long() if index.dtype == torch.int32 else index
+
+
+def for_each_row(temperature: float | Tensor, rows: torch.Size) -> float | Tensor:
+    """A tensor of one element, which originals broadcast, as our ops take a tensor: with one element for each row."""
+    if isinstance(temperature, Tensor) and temperature.numel() == 1:
+        return temperature.detach().reshape(()).expand(rows)
+    return temperature
+
+
 def zero_one(mask: Tensor) -> bool:
     """Whether every entry is 0 or 1, so that "nonzero counts" and "multiply by the mask" are the same.
 

@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ppo_fast
 
@@ -78,6 +80,18 @@ def batch() -> Callable[..., list[Tensor]]:
         return [torch.where(mask != 0, x, garbage * x).to(dtype) for x in tensors]
 
     return make
+
+
+@contextmanager
+def autocast_on_a_gpu() -> Iterator[tuple[Tensor, Tensor]]:
+    """Autocast of CUDA, and logits [2, 3, 5] in bfloat16 with labels there: without values, so without a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            logits = torch.empty(2, 3, 5, device="cuda", dtype=torch.bfloat16)
+            yield logits, torch.empty(2, 3, device="cuda", dtype=torch.int64)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 Call = Callable[..., object]

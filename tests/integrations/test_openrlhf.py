@@ -12,7 +12,7 @@ from torch import Tensor
 import ppo_fast.integrations.openrlhf as ours
 from ppo_fast.integrations import contract
 
-from .conftest import MASK_DTYPES, MASKS, masks
+from .conftest import MASK_DTYPES, MASKS, autocast_on_a_gpu, masks
 
 Check = Callable[..., None]
 Batch = Callable[..., list[Tensor]]
@@ -80,6 +80,19 @@ def test_logprobs_of_logits_that_are_not_finite(openrlhf: SimpleNamespace, same:
     logits[0, :3] = logits[1, 4] = logits[2] = -torch.inf
     logits[3, 0] = torch.nan
     same(ours.log_probs_from_logits, openrlhf.utils.log_probs_from_logits, logits, labels)
+
+
+def test_logprobs_of_narrow_labels(openrlhf: SimpleNamespace, same: Check) -> None:
+    logits, labels = torch.randn(4, 9), torch.randint(9, (4,), dtype=torch.int32)
+    same(ours.log_probs_from_logits, openrlhf.utils.log_probs_from_logits, logits, labels)
+
+
+def test_autocast_widens_what_it_widens_in_openrlhf(openrlhf: SimpleNamespace) -> None:
+    with autocast_on_a_gpu() as (logits, labels):
+        for log_probs_from_logits in (ours.log_probs_from_logits, openrlhf.utils.log_probs_from_logits):
+            assert log_probs_from_logits(logits, labels).dtype == torch.float32
+        for compute_entropy in (ours.compute_entropy, theirs_entropy(openrlhf)):
+            assert compute_entropy(logits).dtype == torch.float32
 
 
 def theirs_entropy(openrlhf: SimpleNamespace) -> Callable[[Tensor], Tensor]:

@@ -399,7 +399,7 @@ def test_value_loss_at_its_ties(verl: SimpleNamespace, same: Check) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor(0.7)])
 @pytest.mark.parametrize("chunk_size", [2, 512])
 def test_fused_linear(
     verl: SimpleNamespace, same: Check, shape: tuple[int, ...], temperature: float, chunk_size: int

@@ -11,7 +11,7 @@ from torch import Tensor
 import ppo_fast.integrations.verl as ours
 from ppo_fast.integrations import contract
 
-from .conftest import MASK_DTYPES, MASKS, masks
+from .conftest import MASK_DTYPES, MASKS, autocast_on_a_gpu, masks
 
 Check = Callable[..., None]
 ROWS = [(5, 33), (2, 3, 50)]
@@ -55,6 +55,20 @@ def test_logprobs_of_logits_that_are_not_finite(verl: SimpleNamespace, same: Che
     logits[0, :3] = logits[1, 4] = logits[2] = -torch.inf
     logits[3, 0] = torch.nan
     same(ours.logprobs_from_logits, verl.functional.logprobs_from_logits, logits, labels)
+
+
+def test_logprobs_of_narrow_labels(verl: SimpleNamespace, same: Check) -> None:
+    logits, labels = logits_and_labels((5, 33), torch.float32)
+    same(ours.logprobs_from_logits, verl.functional.logprobs_from_logits, logits, labels.int())
+
+
+def test_autocast_widens_what_it_widens_in_verl(verl: SimpleNamespace) -> None:
+    """verl's engines score under autocast, which gives softmax in float32 on a GPU."""
+    with autocast_on_a_gpu() as (logits, labels):
+        for module in (ours, verl.functional):
+            assert module.logprobs_from_logits(logits, labels).dtype == torch.float32
+            assert module.entropy_from_logits(logits).dtype == torch.float32
+            assert module.calculate_sum_pi_squared_from_logits(logits).dtype == torch.float32
 
 
 def test_logprobs_of_a_view(verl: SimpleNamespace, same: Check) -> None:
@@ -160,7 +174,7 @@ def test_entropy_compiles_as_the_engines_compile_it(verl: SimpleNamespace) -> No
 
 @pytest.mark.parametrize("mask_name", MASKS)
 @pytest.mark.parametrize("mask_dtype", list(MASK_DTYPES.values()), ids=list(MASK_DTYPES))
-@pytest.mark.parametrize("axis", [None, -1, 0, (0, 1)])
+@pytest.mark.parametrize("axis", [None, -1, 0, (0, 1), [1]])
 @pytest.mark.parametrize("garbage", [1e4, torch.nan])
 def test_masked_mean(
     verl: SimpleNamespace,

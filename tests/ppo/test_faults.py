@@ -48,16 +48,16 @@ def shortage(request: pytest.FixtureRequest) -> Exception:
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch, shortage: Exception) -> Callable[[int], None]:
     """Have forward passes of more sequences than that run out of memory."""
-    logits = PolicyView.logits
+    from_hidden = PolicyView._from_hidden
 
     def arm(most: int) -> None:
-        def limited(self: PolicyView, model: Any, rollout: Any, rows: Any) -> torch.Tensor:
-            found = logits(self, model, rollout, rows)
-            if found.shape[0] > most:
+        def limited(self: PolicyView, *asked: Any) -> Any:
+            hidden, *head = from_hidden(self, *asked)
+            if hidden.shape[0] > most:
                 raise shortage
-            return found
+            return hidden, *head
 
-        monkeypatch.setattr(PolicyView, "logits", limited)
+        monkeypatch.setattr(PolicyView, "_from_hidden", limited)
 
     return arm
 

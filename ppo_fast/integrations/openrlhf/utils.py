@@ -5,6 +5,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.integrations import contract
+from ppo_fast.integrations.originals import log_softmax_dtype
 from ppo_fast.records import KlKind
 
 KL_CLAMP = 10.0
@@ -19,24 +20,25 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
     Args:
         logits: [..., V], floating.
-        labels: [...], int64; with flash-attn and float32 logits, -100 gives 0.
+        labels: [...], int32 or int64; with flash-attn and float32 logits, -100 gives 0.
         temperature: above 0.
 
     Returns:
-        [...] in the dtype of `logits`, or float32 where flash-attn would run; differentiable in `logits`.
+        [...] in log_softmax's dtype, or float32 where flash-attn would run; differentiable in `logits`.
     """
     if temperature != 1.0:
         logits.div_(temperature)
+    labels = contract.wide_index(labels)
     if logits.dtype in (torch.float32, torch.float64) and contract.flash_attn_cross_entropy():
         kept = labels != contract.IGNORED_LABEL
         logprobs = ppo_fast.logprobs_from_logits(logits, torch.where(kept, labels, 0))
         return torch.where(kept, logprobs, 0.0).float()
-    return ppo_fast.logprobs_from_logits(logits, labels).to(logits.dtype)
+    return ppo_fast.logprobs_from_logits(logits, labels).to(log_softmax_dtype(logits))
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each row of `logits` [..., V], in its dtype; NaN where a logit is -inf, as OpenRLHF."""
-    entropy = ppo_fast.entropy_from_logits(logits).to(logits.dtype)
+    """Entropy of each row of `logits` [..., V], in log_softmax's dtype; NaN where a logit is -inf, as OpenRLHF."""
+    entropy = ppo_fast.entropy_from_logits(logits).to(log_softmax_dtype(logits))
     return contract.nan_where_impossible(entropy, logits)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations.contract import nan_where_impossible
+from ppo_fast.integrations.contract import for_each_row, nan_where_impossible
 from ppo_fast.integrations.originals import WIDE, takes_labels
 from ppo_fast.integrations.trl.rows import entropies, selected
 
@@ -19,14 +19,14 @@ def fused_logprob_entropy(
     Args:
         logits: [..., V], float32, bfloat16 or float16.
         index: [...], int32 or int64.
-        temperature: above 0.
+        temperature: above 0, a number or a tensor that holds one.
         row_mask: [...], 0 = leave the row out; what it holds, and its index, is not looked at.
 
     Returns:
         logprobs and entropy, [...] each, float32, 0 in rows left out; both differentiable. A row that holds a logit
         of -inf has the entropy NaN.
     """
-    labels = index.long()
+    labels, temperature = index.long(), for_each_row(temperature, index.shape)
     if row_mask is None:
         logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
         return logprobs, nan_where_impossible(entropy, logits)
@@ -74,7 +74,7 @@ def selective_log_softmax(
     Args:
         logits: [..., V], floating.
         index: [...], or [..., K] for K of each row.
-        temperature: above 0.
+        temperature: above 0, a number or a tensor that holds one.
         row_mask: shape of the result, 0 = the result is 0; or None.
 
     Returns:
@@ -130,7 +130,7 @@ def selective_log_softmax_and_entropy(
         logprobs, entropy = fused_logprob_entropy(logits, index, temperature, row_mask)
     elif logits.dtype in WIDE and index.dim() < logits.dim() and takes_labels(logits, index):
         logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(
-            logits, index.long(), temperature=temperature
+            logits, index.long(), temperature=for_each_row(temperature, index.shape)
         )
         logprobs, entropy = (
             _blank(logprobs, row_mask),

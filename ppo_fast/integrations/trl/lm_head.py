@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations.contract import strict
+from ppo_fast.integrations.contract import for_each_row, strict
 from ppo_fast.integrations.originals import WIDE
 from ppo_fast.integrations.trl.row_chunks import Head, is_sharded, row_chunks
 
@@ -47,7 +47,7 @@ def chunked_logprobs(
         weight: [V, D].
         bias: [V], or None.
         targets: [N], int.
-        temperature: above 0.
+        temperature: above 0, a number or a tensor that holds one.
         chunk_size: columns of the vocabulary at a time, at most; the fused op chooses its own.
         final_logit_softcapping: s, or None.
         logit_scale: factor of the logits before the softcap.
@@ -106,7 +106,7 @@ def _whole(
         weight,
         labels,
         bias=bias,
-        temperature=head.temperature / scale,
+        temperature=for_each_row(head.temperature / scale, labels.shape),
         softcap=None if head.softcap is None else head.softcap / scale,
         return_entropy=head.with_entropy,
     )

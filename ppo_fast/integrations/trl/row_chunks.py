@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations.contract import for_each_row
 from ppo_fast.integrations.originals import WIDE
 
 _TILE_BYTES = 2**28
@@ -42,7 +43,9 @@ class Head:
             z, temperature = logits, self.temperature / self.scale
         else:
             z, temperature = self.transform(logits), self.temperature
-        return ppo_fast.logprobs_and_entropy_from_logits(z, labels, temperature=temperature)
+        return ppo_fast.logprobs_and_entropy_from_logits(
+            z, labels, temperature=for_each_row(temperature, labels.shape)
+        )
 
 
 def is_sharded(weight: Tensor) -> bool:

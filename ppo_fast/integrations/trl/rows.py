@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ppo_fast
-from ppo_fast.integrations.contract import nan_where_impossible
+from ppo_fast.integrations.contract import for_each_row, nan_where_impossible
 from ppo_fast.integrations.originals import WIDE, takes_labels, with_value
 
 
@@ -29,11 +29,12 @@ def _learns(logits: Tensor) -> bool:
 
 
 def _fused(logits: Tensor, index: Tensor, temperature: float) -> Tensor:
+    of_rows = for_each_row(temperature, logits.shape[:-1])
     if index.dim() < logits.dim():
-        return ppo_fast.logprobs_from_logits(logits, index.long(), temperature=temperature)
+        return ppo_fast.logprobs_from_logits(logits, index.long(), temperature=of_rows)
     # The normaliser comes out of one label's log-probability; that of the largest logit is finite in any row.
     top = logits.detach().argmax(-1)
-    logprob = ppo_fast.logprobs_from_logits(logits, top, temperature=temperature)
+    logprob = ppo_fast.logprobs_from_logits(logits, top, temperature=of_rows)
     scaled = logits.gather(-1, index) / temperature
     total = logits.gather(-1, top.unsqueeze(-1)).squeeze(-1) / temperature - logprob
     return scaled.to(logprob.dtype) - total.unsqueeze(-1)
@@ -57,13 +58,14 @@ def entropies(logits: Tensor, chunk_size: int, temperature: float = 1.0) -> Tens
     fused = logits.dim() > 0 and logits.numel() > 0 and chunk_size > 0
     if not fused:
         return _stepwise_entropies(logits, chunk_size, temperature)
+    of_rows = for_each_row(temperature, logits.shape[:-1])
     if logits.dtype not in WIDE:
         with torch.no_grad():
             value = _stepwise_entropies(logits, chunk_size, temperature)
         if not _learns(logits):
             return value
-        return with_value(ppo_fast.entropy_from_logits(logits, temperature=temperature), value)
-    return nan_where_impossible(ppo_fast.entropy_from_logits(logits, temperature=temperature), logits)
+        return with_value(ppo_fast.entropy_from_logits(logits, temperature=of_rows), value)
+    return nan_where_impossible(ppo_fast.entropy_from_logits(logits, temperature=of_rows), logits)
 
 
 def _stepwise_entropies(logits: Tensor, chunk_size: int, temperature: float) -> Tensor:

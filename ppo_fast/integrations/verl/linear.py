@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import ppo_fast
+from ppo_fast.integrations import contract
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,14 +21,18 @@ def fused_linear_for_ppo_forward(
         hidden_states: [N, D] or [B, T, D], floating.
         vocab_weights: [V, D].
         input_ids: [N] or [B, T], integers in [0, V).
-        temperature: above 0.
+        temperature: above 0, a number or a tensor that holds one.
 
     Returns:
         (log_probs in float32, entropy in the dtype of `hidden_states`), shaped as `input_ids`.
     """
     assert hidden_states.ndim in (2, 3), f"Invalid hidden_states shape, received {hidden_states.shape}"
     logprobs, entropy = ppo_fast.linear_logprobs(
-        hidden_states, vocab_weights, input_ids.long(), temperature=temperature, return_entropy=True
+        hidden_states,
+        vocab_weights,
+        input_ids.long(),
+        temperature=contract.for_each_row(temperature, input_ids.shape),
+        return_entropy=True,
     )
     return logprobs.float(), entropy.to(hidden_states.dtype)
 

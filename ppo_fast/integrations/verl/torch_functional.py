@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ppo_fast
 from ppo_fast.integrations import contract
+from ppo_fast.integrations.originals import log_softmax_dtype
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -14,22 +15,23 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     Args:
         logits: [..., V], floating.
-        labels: [...], int64; with flash-attn, -100 gives 0.
+        labels: [...], int32 or int64; with flash-attn, -100 gives 0.
         inplace_backward: a permission to write the gradient over the logits; not used.
 
     Returns:
-        [...], differentiable in `logits`.
+        [...], differentiable in `logits`; float32 too where autocast widens log_softmax, as it does on a GPU.
     """
+    labels = contract.wide_index(labels)
     if contract.flash_attn_cross_entropy() and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1":
         kept = labels != contract.IGNORED_LABEL
         logprobs = ppo_fast.logprobs_from_logits(logits, torch.where(kept, labels, 0))
         return torch.where(kept, logprobs, 0.0).float()
-    return ppo_fast.logprobs_from_logits(logits, labels).to(logits.dtype)
+    return ppo_fast.logprobs_from_logits(logits, labels).to(log_softmax_dtype(logits))
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy of each row of `logits` [..., V], in the dtype of `logits`; NaN where a logit is -inf, as verl."""
-    entropy = ppo_fast.entropy_from_logits(logits).to(logits.dtype)
+    """Entropy of each row of `logits` [..., V], in log_softmax's dtype; NaN where a logit is -inf, as verl."""
+    entropy = ppo_fast.entropy_from_logits(logits).to(log_softmax_dtype(logits))
     return contract.nan_where_impossible(entropy, logits)
 
 
@@ -43,7 +45,7 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
-    """sum_j p_j^2 of each row of `logits` [..., V], in its dtype.
+    """sum_j p_j^2 of each row of `logits` [..., V], in log_softmax's dtype.
 
     log of it = logsumexp(2 z) - 2 logsumexp(z): for any label twice its log-probability at temperature 1, less the one
     at temperature 1/2. The likeliest label keeps both small.
@@ -51,7 +53,7 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     label = logits.detach().argmax(-1)
     once = ppo_fast.logprobs_from_logits(logits, label)
     sharpened = ppo_fast.logprobs_from_logits(logits, label, temperature=0.5)
-    return (2 * once - sharpened).exp().to(logits.dtype)
+    return (2 * once - sharpened).exp().to(log_softmax_dtype(logits))
 
 
 def fusable(values: Tensor, mask: Tensor) -> bool:
@@ -74,7 +76,7 @@ def masked_sum(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
     """sum(values * mask) / (sum(mask) + 1e-8): 0 for an empty mask."""
-    if not isinstance(axis, tuple) and fusable(values, mask):
+    if (axis is None or isinstance(axis, int)) and fusable(values, mask):
         return ppo_fast.masked_mean(values, mask, axis).to(_mean_dtype(values, mask))
     return masked_sum(values, mask, axis) / (mask.sum(axis) + 1e-8)
 

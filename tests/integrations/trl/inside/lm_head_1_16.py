@@ -74,6 +74,13 @@ def test_options(
     no_worse_than_theirs(*both(targets, 0.7, CHUNK, softcap, scale), truth, head(dtype, bias))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_temperature_in_a_tensor(no_worse_than_theirs: Check, dtype: torch.dtype) -> None:
+    targets, temperature = torch.randint(V, (N,)), torch.tensor(0.7)
+    truth = called(written_out, targets, temperature, None, 0.5)
+    no_worse_than_theirs(*both(targets, temperature, CHUNK, None, 0.5), truth, head(dtype, True))
+
+
 @pytest.mark.parametrize(
     "outputs", [(), ("entropy",), ("is_top1", "mean_logits"), ("log_probs", *OPTIONAL_OUTPUTS)]
 )

@@ -41,6 +41,15 @@ def test_helpers(same: Check, dtype: torch.dtype, temperature: float, mask: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_temperature_in_a_tensor(same: Check, dtype: torch.dtype) -> None:
+    logits, temperature = (3 * torch.randn(2, 3, 97)).to(dtype), torch.tensor(0.7)
+    pairs = ((2, 3), ours.selective_log_softmax_and_entropy, theirs.selective_log_softmax_and_entropy)
+    several = ((2, 3, 4), ours.selective_log_softmax, theirs.selective_log_softmax)
+    for shape, mine, original in (pairs, ((2, 3), *several[1:]), several):
+        same(mine, original, [logits], torch.randint(97, shape), temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("picks", [1, 8])
 def test_several_labels_a_row(same: Check, dtype: torch.dtype, picks: int) -> None:
     logits, index = torch.randn(2, 3, 97).to(dtype), torch.randint(97, (2, 3, picks))
