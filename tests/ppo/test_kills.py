@@ -23,7 +23,7 @@ from ppo_fast.ppo.config import CheckpointConfig, EvaluationConfig, OptimizerCon
 from ppo_fast.ppo.run import train
 
 KILLS = int(os.environ.get("PPO_FAST_KILLS", "3"))
-EVERY, STEPS = 2, 12
+EVERY, STEPS = 2, 16
 
 
 def start(config: PPOConfig) -> ForkServerProcess:
@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_moments_is_the_same_as_never_killed(
         if kill % 3 == 0:  # a run is killed three times, then left to end
             cut = settings(output_dir=str(tmp_path / f"cut{kill}"), **options)
             run = Path(cut.output_dir)
-        kill_at(start(cut), run, last_step(run) + moments.randrange(3), moments.random())
+        kill_at(start(cut), run, last_step(run) + moments.randrange(5), moments.random())
         assert not (run / "finished.json").exists(), f"seed {seed}: it came to its end before kill {kill}"
         places.append(last_step(run))
         check_nothing_more_was_lost(run)
