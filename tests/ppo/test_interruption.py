@@ -90,6 +90,34 @@ def test_stopped_again_and_again_a_run_is_the_same_as_never_stopped(
     assert " of its updates" in told
 
 
+def test_a_step_stopped_at_any_place_and_taken_up_again_is_the_same(
+    world: Any, stop_at: Callable[[int], None]
+) -> None:
+    """Every token, every micro-batch of scoring and of the updates in turn."""
+    whole = world.trainer()
+    expected = whole.step()
+    weights = whole.actor.model.state_dict()
+    for place in range(1, 100):
+        trainer = world.trainer()
+        with trainer.stop.listening():
+            stop_at(place)
+            try:
+                trainer.step()
+            except Interrupted:
+                trainer.stop.requested = False
+            else:
+                break
+            found = trainer.step()
+        assert {k: v for k, v in found.items() if k[0] != "t"} == {
+            k: v for k, v in expected.items() if k[0] != "t"
+        }
+        assert all(
+            torch.equal(weights[key], value) for key, value in trainer.actor.model.state_dict().items()
+        )
+        assert trainer.sampler.drawn == whole.sampler.drawn
+    assert place > 15
+
+
 def test_the_signal_is_heard_only_while_a_run_listens(
     settings: Callable[..., PPOConfig], stop_at: Callable[[int], None]
 ) -> None:
