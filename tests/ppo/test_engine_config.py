@@ -11,7 +11,14 @@ import pytest
 
 from ppo_fast.ppo import PPOConfig
 from ppo_fast.ppo.config import ModelsConfig, OptimizerConfig, ParallelConfig
-from ppo_fast.ppo.engine_config import frozen_settings, learner_settings, loading_device, uses_deepspeed
+from ppo_fast.ppo.engine_config import (
+    frozen_settings,
+    learner_settings,
+    loading_device,
+    optimizer_bytes,
+    uses_deepspeed,
+    zero_stage,
+)
 
 AUTO = "auto"
 
@@ -93,6 +100,40 @@ def test_models_that_will_be_split_are_loaded_in_cpu_memory(config: Callable[...
     assert loading_device(run) == "cpu"
     run.parallel.zero_stage = 2
     assert loading_device(run) == "cuda:5"
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "parallel", "expected"),
+    [
+        (None, "float32", {}, 8),
+        (None, "bfloat16", {}, 4),
+        (None, "bfloat16", {"zero_stage": 1}, 12),
+        (None, "bfloat16", {"zero_stage": 2, "offload": "optimizer"}, 0),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "float32", {}, 0),
+    ],
+)
+def test_memory_is_estimated_for_what_the_optimiser_keeps(
+    config: Callable[..., PPOConfig], settings: Any, dtype: str, parallel: dict[str, Any], expected: int
+) -> None:
+    run = config(settings, dtype, **parallel)
+    assert optimizer_bytes(run) == expected
+    assert zero_stage(run) == (3 if settings else parallel.get("zero_stage", 0))
+
+
+def test_models_too_large_for_one_process_may_fit_two(
+    world: Any, saved: Callable[..., str], config: Callable[..., PPOConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate that a run is refused by counts on ZeRO 3 to split the models over the processes."""
+    from ppo_fast.ppo import run as run_module
+
+    settings = config(zero_stage=3)
+    settings.models.actor = saved(world.actor(hidden_size=512, intermediate_size=2048), "large")
+    asked: list[Any] = []
+    monkeypatch.setattr(run_module, "check_memory", lambda *args: asked.append(args[0].held - args[0].base))
+    run_module.check_fits(settings, 8)
+    monkeypatch.setattr(run_module.Ranks, "__init__", lambda self: self.__dict__.update(count=4, index=0))
+    run_module.check_fits(settings, 8)
+    assert asked[1] == pytest.approx(asked[0] / 4)
 
 
 @pytest.mark.parametrize(
