@@ -125,6 +125,19 @@ except ValueError as error:
     assert "the native extension is not built" in done.stdout
 
 
+def test_deepspeed_is_imported_where_an_engine_is_made() -> None:
+    """A run without engines needs none: every import of it stands within a function."""
+    for path in sources("ppo_fast", "kernels"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            node: {alias.name for alias in node.names} | {str(getattr(node, "module", ""))}
+            for node in imports
+        }
+        ours = [node for node in imports if any(name.split(".")[0] == "deepspeed" for name in names[node])]
+        assert not set(map(id, ours)) & set(map(id, tree.body)), path
+
+
 def test_native_code_sees_no_torch() -> None:
     for path in (ROOT / "csrc").rglob("*.[ch]*"):
         assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', path.read_text()), path

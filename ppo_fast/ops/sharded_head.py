@@ -17,8 +17,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_partitioned(tensor: object) -> bool:
-    """Whether DeepSpeed's ZeRO-3 manages it."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "ds_id")
+    """Whether DeepSpeed's ZeRO-3 manages it and has not gathered it, as it does within the forward of its engine."""
+    if not isinstance(tensor, Tensor) or not hasattr(tensor, "ds_id"):
+        return False
+    status = getattr(tensor, "ds_status", None)
+    return getattr(status, "name", None) != "AVAILABLE"
 
 
 def is_distributed(tensor: object) -> bool:
@@ -27,9 +30,9 @@ def is_distributed(tensor: object) -> bool:
 
 
 def _gathering(parameters: list[object]) -> AbstractContextManager[None]:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # deepspeed.zero is an attribute, not a module that could be imported from
 
-    return cast(AbstractContextManager[None], GatheredParameters(parameters))
+    return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(parameters))
 
 
 @contextmanager

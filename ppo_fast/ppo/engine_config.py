@@ -23,11 +23,23 @@ def uses_deepspeed(config: PPOConfig) -> bool:
     return config.parallel.deepspeed is not None or config.parallel.zero_stage is not None
 
 
+def zero_stage(config: PPOConfig) -> int:
+    """ZeRO stage of actor and critic; 0 without engines, which splits nothing either."""
+    return int(_base(config)["zero_optimization"].get("stage", 0)) if uses_deepspeed(config) else 0
+
+
+def optimizer_bytes(config: PPOConfig) -> int:
+    """Bytes that the optimiser keeps of each trained parameter, on the device."""
+    if uses_deepspeed(config) and "offload_optimizer" in _base(config)["zero_optimization"]:
+        return 0
+    if config.models.dtype == "float32":
+        return 8
+    return 12 if uses_deepspeed(config) else 4  # moments and a master copy in float32, or moments in bfloat16
+
+
 def loading_device(config: PPOConfig) -> str:
     """Where models are loaded: on their device, or under ZeRO-3, which splits them from there, in CPU memory."""
-    if not uses_deepspeed(config) or _base(config)["zero_optimization"].get("stage", 0) != 3:
-        return config.models.device
-    return "cpu"
+    return "cpu" if zero_stage(config) == 3 else config.models.device
 
 
 def learner_settings(config: PPOConfig, which: Which, processes: int) -> dict[str, Any]:

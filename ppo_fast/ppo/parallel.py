@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What torch says where a peer is gone or late; the transport's own type is RuntimeError.
-CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "store")
+CONNECTION = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "broken pipe", "tcpstore")
 
 
 class LostRankError(RuntimeError):

@@ -23,7 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_fast.ppo import models
 from ppo_fast.ppo.config import PPOConfig
-from ppo_fast.ppo.engine_config import learner_settings, loading_device, uses_deepspeed
+from ppo_fast.ppo.engine_config import (
+    learner_settings,
+    loading_device,
+    optimizer_bytes,
+    uses_deepspeed,
+    zero_stage,
+)
 from ppo_fast.ppo.evaluate import Evaluation
 from ppo_fast.ppo.interruption import Interrupted, StopSignal
 from ppo_fast.ppo.memory import ModelShape, Workload, check_memory, device_memory, estimate_memory
@@ -211,16 +217,19 @@ def check_fits(config: PPOConfig, longest_prompt: int) -> None:
         critic = sizes(config.models.critic, AutoModelForSequenceClassification) or actor
     device = models.resolve_device(config.models.device)
     size = 2 if config.models.dtype == "bfloat16" else 4
+    ranks = Ranks().count
+    own = config.rollout.batch_size // ranks
     work = Workload(
         prompt=longest_prompt,
         response=config.rollout.max_new_tokens,
-        generated=min(
-            config.rollout.generation_batch_size or config.rollout.batch_size, config.rollout.batch_size
-        ),
-        micro_batch=min(config.objective.micro_batch_size, config.minibatch_size),
+        generated=min(config.rollout.generation_batch_size or own, own),
+        micro_batch=min(config.objective.micro_batch_size, config.minibatch_size // ranks),
         weight_bytes=size,
         activation_bytes=size,
-        optimizer_bytes=2 * size,
+        optimizer_bytes=optimizer_bytes(config),
+        recompute=config.models.gradient_checkpointing,
+        ranks=ranks,
+        zero_stage=zero_stage(config),
         device=device.type,
     )
     estimate = estimate_memory(actor, critic, [reference or actor, *rewards], work)

@@ -29,6 +29,7 @@ from ppo_fast.ppo.experience import (
     micro_batches,
     score_rollout,
 )
+from ppo_fast.ppo.head import head_form
 from ppo_fast.ppo.interruption import Interrupted, StopSignal
 from ppo_fast.ppo.models import check_reads_vocabulary, check_same_vocabulary, freeze
 from ppo_fast.ppo.objectives import AdaptiveKLController
@@ -105,6 +106,8 @@ class PPOTrainer:
         self.reference = freeze(reference)
         self.sampler = PromptSampler(prompts, config.seed)
         self.view = PolicyView(config.rollout.temperature, config.models.autocast, config.impl)
+        for model in (actor, reference):
+            head_form(model)  # found out once, while the parameters are whole
         self.actor = place_learner(actor, "actor", config)
         self.critic = place_learner(critic, "critic", config)
         self._reference = place_frozen(self.reference, config)

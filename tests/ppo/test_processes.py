@@ -21,7 +21,8 @@ from torch import Tensor
 from ppo_fast.ppo import PPOTrainer
 from ppo_fast.ppo.config import ModelsConfig, OptimizerConfig, ParallelConfig
 from ppo_fast.ppo.models import critic_from_classifier
-from ppo_fast.ppo.parallel import Shard, process_group
+from ppo_fast.ppo.parallel import LostRankError, Shard, agreed, process_group, told_of_lost_ranks
+from ppo_fast.ppo.ranks import Ranks
 from ppo_fast.ppo.rewards import FunctionReward, TokenReward, WeightedReward
 
 PROCESSES = 2
@@ -303,6 +304,28 @@ def test_shards_are_every_row_once() -> None:
 def test_a_minibatch_that_does_not_divide_is_refused(batch: int, minibatches: int, count: int) -> None:
     with pytest.raises(ValueError, match=rf"expected a multiple of the number of processes \({count}\)"):
         Shard(0, count).check(batch, minibatches)
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    with pytest.raises(RuntimeError, match="^the weights were restored$"), told_of_lost_ranks(2.0):
+        raise RuntimeError("the weights were restored")
+    with (
+        pytest.raises(LostRankError, match=r"rank 3 lost another .*parallel.timeout_minutes=2"),
+        told_of_lost_ranks(2.0),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def test_one_process_refuses_where_another_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks()
+    assert agreed(ranks, lambda: 5) == 5
+    with pytest.raises(ValueError, match="mine"):
+        agreed(ranks, lambda: int("mine"))
+    monkeypatch.setattr(ranks, "all", lambda flag: False)
+    with pytest.raises(ValueError, match="another process of the run has refused"):
+        agreed(ranks, lambda: 5)
 
 
 def test_recomputed_layers_give_the_same_gradient_and_hold_less(world: Any) -> None:
