@@ -159,10 +159,9 @@ def patch(*trainers: str, strict: bool = True) -> Patch:
     }
     if problems:
         raise PatchError("patch: nothing was replaced, because\n  " + "\n  ".join(problems))
+    # Importing a trainer can patch it: verl loads our plugin.
+    _apply_all({name: found for name, found in sites.items() if name not in _patched})
     set_strict(strict)
-    for name, found in sites.items():
-        if name not in _patched:  # importing a trainer can patch it: verl loads our plugin
-            _patched[name] = [_apply(site) for site in found]
     return Patch(tuple(one.record for name in dict.fromkeys(trainers) for one in _patched[name]))
 
 
@@ -251,14 +250,31 @@ def _shown(parameters: list[inspect.Parameter]) -> str:
     return str(inspect.Signature(parameters))
 
 
-def _apply(site: _Site) -> _InForce:
+def _apply_all(sites: dict[str, list[_Site]]) -> None:
+    """All of them, or after an error or an interrupt none."""
+    try:
+        for name, found in sites.items():
+            _patched[name] = []
+            for site in found:
+                _patched[name].append(_stand_in(site))
+                _apply(_patched[name][-1])
+    except BaseException:
+        unpatch(*sites)
+        raise
+
+
+def _stand_in(site: _Site) -> _InForce:
     record = Replaced(
         name=site.declared.path.replace(":", "."),
         before=f"{site.version}, {_place(site.original)}",
         after=f"{site.declared.ours.__module__}.{site.declared.ours.__qualname__}",
         impl=_impl(site.declared.ops),
     )
-    stand_in = _stand_in(site, record)
+    return _InForce(site, _counting(site, record), record)
+
+
+def _apply(one: _InForce) -> None:
+    site, stand_in, record = one.site, one.stand_in, one.record
     static = site.declared.static or isinstance(site.raw, staticmethod)
     setattr(site.owner, site.attribute, staticmethod(stand_in) if static else stand_in)
     for path in site.declared.registries:
@@ -267,10 +283,9 @@ def _apply(site: _Site) -> _InForce:
             registry[key] = stand_in
             record.places.append(f"{path}[{key!r}]")
     record.places += _rebind(site.original, stand_in)
-    return _InForce(site, stand_in, record)
 
 
-def _stand_in(site: _Site, record: Replaced) -> Callable[..., Any]:
+def _counting(site: _Site, record: Replaced) -> Callable[..., Any]:
     """Ours with a counter, under the original's name: so it pickles by reference, and a worker finds its own."""
     ours = site.declared.ours
 

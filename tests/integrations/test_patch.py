@@ -1,6 +1,7 @@
 """The patch machinery, on a trainer made on the spot: every way of holding a function, refusals, exact restoring."""
 
 import importlib
+import itertools
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import ppo_fast
-from ppo_fast.integrations import Integration, PatchError, Replacement
+from ppo_fast.integrations import Integration, PatchError, Replacement, contract
 
 # By its name in sys.modules: in the package, `patch` is the function.
 machinery = sys.modules["ppo_fast.integrations.patch"]
@@ -355,6 +356,26 @@ def test_one_refusal_leaves_the_other_trainers_alone(
     with pytest.raises(PatchError, match="othertrainer is not installed"):
         ppo_fast.patch("toytrainer", "othertrainer")
     assert state_of(toytrainer) == before
+
+
+def test_an_interrupt_leaves_nothing_replaced(
+    toytrainer: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, rebind, calls = importlib.import_module("toytrainer.early"), machinery._rebind, itertools.count()
+
+    def interrupted(old: object, new: object) -> list[str]:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return rebind(old, new)
+
+    before = state_of(toytrainer, early)
+    monkeypatch.setattr(machinery, "_rebind", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ppo_fast.patch("toytrainer", strict=False)
+    assert state_of(toytrainer, early) == before
+    assert contract.strict()
+    ppo_fast.patch("toytrainer")
+    assert early.mean(0, 0) == "our mean"
 
 
 @pytest.mark.parametrize("names", [("nonesuch",), ()])
