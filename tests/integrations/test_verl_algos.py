@@ -83,6 +83,10 @@ def test_gae_takes_tensors_for_its_coefficients_and_refuses_what_verl_refuses(
 ) -> None:
     mask = masks()["holes"]
     inputs = batch(2, mask)
+    gamma, rewards, values = torch.tensor([0.9, 1.0, 0.5]), *batch(2, mask, torch.bfloat16)
+    for functions in (ours, verl.algos):  # a tensor of float32 widens
+        for result in functions.compute_gae_advantage_return(rewards, values, mask, gamma, 0.9):
+            assert result.dtype == torch.float32
     for gamma in (torch.tensor(0.9), torch.tensor([0.9, 1.0, 0.5])):
         same(
             lambda r, v, g=gamma: ours.compute_gae_advantage_return(r, v, mask, g, g),

@@ -55,8 +55,14 @@ def compute_gae_advantage_return(
         advantages = _carried(advantages, counted, lengths)
         if contract.strict():
             advantages = _spoilt(advantages, counted, token_level_rewards, values)
-        advantages = advantages.to(contract.promoted(token_level_rewards, values, response_mask))
+        advantages = advantages.to(_dtype(gamma, lam, token_level_rewards, values, response_mask))
         return whitened(advantages, counted, lengths.sum()), advantages + values
+
+
+def _dtype(gamma: float | Tensor, lam: float | Tensor, *tensors: Tensor) -> torch.dtype:
+    """A coefficient for each row widens what it multiplies; a number, or a 0-d tensor, does not."""
+    rows = [x for x in (gamma, lam) if isinstance(x, Tensor) and x.dim() > 0]
+    return contract.promoted(*tensors, *rows)
 
 
 def _per_row(coefficient: float | Tensor, batch: int) -> float | Tensor:
