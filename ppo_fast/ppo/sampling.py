@@ -34,8 +34,16 @@ class SeededSampling(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] of the next token, with noise."""
+        """Scores [B, V] of the next token, with noise.
+
+        Raises FloatingPointError where a row's largest is NaN or infinite: nothing can be sampled from it.
+        """
         warped = self.distribution(input_ids, scores)
+        if not bool(torch.isfinite(warped.amax(-1)).all()):
+            raise FloatingPointError(
+                "the actor's logits are not finite, so nothing can be sampled: its weights are lost. Lower "
+                "optimizer.actor_lr and go on from a checkpoint"
+            )
         draws = torch.empty_like(warped)
         for row, generator in zip(draws, self.generators, strict=True):
             row.exponential_(generator=generator)

@@ -202,8 +202,7 @@ class PPOTrainer:
         """
         size = self.config.rollout.generation_batch_size or len(prompts)
         settings = f"rollout.generation_batch_size (now {size}) or rollout.max_new_tokens"
-        shortage = explaining_shortage("while sampling", settings)
-        with shortage, _explaining_lost_weights(), self.actor.gathered() as actor:
+        with explaining_shortage("while sampling", settings), self.actor.gathered() as actor:
             return generate(
                 actor,
                 self.tokenizer,
@@ -400,20 +399,6 @@ class PPOTrainer:
                 torch.cuda.synchronize()
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@contextmanager
-def _explaining_lost_weights() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # How torch.multinomial says that it was given NaN or infinity.
-        if "probability tensor contains" not in str(error):
-            raise
-        raise FloatingPointError(
-            "the actor's logits are not finite, so nothing can be sampled: its weights are lost. Lower "
-            "optimizer.actor_lr and go on from a checkpoint"
-        ) from error
 
 
 def _mean_over_updates(updates: list[UpdateStats]) -> dict[str, Any]:

@@ -26,13 +26,13 @@ def fused_logprob_entropy(
         logprobs and entropy, [...] each, float32, 0 in rows left out; both differentiable. A row that holds a logit
         of -inf has the entropy NaN.
     """
-    labels, temperature = index.long(), for_each_row(temperature, index.shape)
+    labels, each = index.long(), for_each_row(temperature, index.shape)
     if row_mask is None:
-        logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
+        logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=each)
         return logprobs, nan_where_impossible(entropy, logits)
     counted = row_mask != 0
     labels = torch.where(counted, labels, 0)
-    logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
+    logprobs, entropy = ppo_fast.logprobs_and_entropy_from_logits(logits, labels, temperature=each)
     return torch.where(counted, logprobs, 0.0), torch.where(
         counted, nan_where_impossible(entropy, logits), 0.0
     )
