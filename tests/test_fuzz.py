@@ -116,7 +116,7 @@ def check(code: int, told: str, folder: Path, held: Sequence[str]) -> None:
 
 # Each builds a parser anew, which takes longer than all the rest of it; more of them with PPO_FAST_FUZZ=1000.
 quick = settings(
-    max_examples=int(os.environ.get("PPO_FAST_FUZZ", "50")),
+    max_examples=int(os.environ.get("PPO_FAST_FUZZ", "40")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
