@@ -407,6 +407,44 @@ def test_an_update(dtype: torch.dtype, fp32: bool) -> None:
     close(critic_loss.detach(), value, dtype, steps=16)
 
 
+def test_the_experience_is_scored_in_train_mode() -> None:
+    """As in the original, whose dropout is on then."""
+    trainer, modes = equip(Methods(), torch.float32, False, False, Value), []
+    trainer.eval()
+    for model in (trainer.actor_model, trainer.ref_model):
+        model.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    ids = trainer.actor_model.module.generated
+    trainer.generate_experience(ids[:, :PROMPT], None, 0)
+    assert modes == [True, False]
+
+
+@pytest.mark.parametrize("align_overflow", [False, True])
+def test_the_order_of_an_update(monkeypatch: pytest.MonkeyPatch, align_overflow: bool) -> None:
+    for name in ("dschat", "dschat.utils", "dschat.utils.utils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    trainer, done = equip(Methods(), torch.float32, False, align_overflow, Value), []
+
+    def recorded(*event: str) -> Callable[..., None]:
+        call = getattr(getattr(trainer, f"{event[0]}_model"), event[1])
+        return lambda *args: [done.append(event), call(*args)]
+
+    for name, method in (
+        ("actor", "backward"),
+        ("actor", "step"),
+        ("critic", "backward"),
+        ("critic", "step"),
+    ):
+        engine = getattr(trainer, f"{name}_model")
+        engine.optimizer.check_overflow.return_value = False
+        monkeypatch.setattr(engine, method, recorded(name, method))
+    ids = trainer.actor_model.module.generated
+    trainer.train_rlhf(trainer.generate_experience(ids[:, :PROMPT], None, 0))
+    early, late = ("critic", "backward"), ("actor", "step")
+    if not align_overflow:
+        early, late = late, early
+    assert done == [("actor", "backward"), early, late, ("critic", "step")]
+
+
 # Against the source itself.
 
 
