@@ -487,3 +487,22 @@ def test_losses_in_half_precision_have_verls_dtypes(
         rtol=5e-2,
         atol=5e-2,
     )
+
+
+def test_gspo_past_the_clamp_of_a_sequence(verl: SimpleNamespace, same: Check) -> None:
+    """Mean log-ratios below and above 10, where verl clamps them and the gradient ends; advantages of both signs."""
+    new = torch.tensor([9.0, 10.5, 9.0, 12.0]).unsqueeze(1) + torch.linspace(-0.4, 0.4, 5)
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0], [1.0]]).expand_as(new).contiguous()
+    config = actor(verl, clip_ratio_low=0.2, clip_ratio_high=0.3)
+
+    def loss_of(algos: object) -> Callable[[Tensor], object]:
+        return lambda x: algos.compute_policy_loss_gspo(
+            torch.zeros_like(x), x, advantages, torch.ones_like(x), "seq-mean-token-mean", config
+        )
+
+    same(loss_of(ours), loss_of(verl.algos), new, rtol=1e-5, atol=1e-5)
+    leaf = new.clone().requires_grad_()
+    loss, _ = loss_of(ours)(leaf)
+    loss.backward()
+    assert (leaf.grad[0] != 0).all()
+    assert (leaf.grad[1] == 0).all()
