@@ -252,7 +252,7 @@ class DoubleExp {
   explicit DoubleExp(double temperature) : inverse_temperature_(1.0 / temperature) {}
 
   V operator()(V d, Counts& counts) const {
-    V e;
+    V e{};
     for (int i = 0; i < Lanes<double>::kWidth; ++i) e[i] = std::exp(d[i] * inverse_temperature_);
     counts = ~(e == 0.0);
     return e;

@@ -89,7 +89,7 @@ class ChunkedLogProbFunction:
 def _whole(
     head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """By the fused op, which takes the product without rounding the logits to `dtype`.
+    """By the fused op, which takes the logits as the product gives them.
 
     It has no factor: s tanh(k x / s) / T is (s / k) tanh(x / (s / k)) / (T / k) for k above 0. The sign of k, or its
     zero, goes into the logits.
