@@ -226,5 +226,17 @@ def as_options(arguments: Sequence[str]) -> list[str]:
     return [f"--{argument}" if OVERRIDE.fullmatch(argument) else argument for argument in kept]
 
 
+def leave(code: int) -> NoReturn:
+    """Exit; as one process of several at once.
+
+    A thread of the transport that still waits for a peer would abort an orderly exit and hide the code.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":  # what `torchrun -m ppo_fast.cli` and `deepspeed -m ppo_fast.cli` run
-    sys.exit(main())
+    leave(main())

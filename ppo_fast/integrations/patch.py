@@ -252,15 +252,17 @@ def _shown(parameters: list[inspect.Parameter]) -> str:
 
 def _apply_all(sites: dict[str, list[_Site]]) -> None:
     """All of them, or after an error or an interrupt none."""
+    whole = False
     try:
         for name, found in sites.items():
             _patched[name] = []
             for site in found:
                 _patched[name].append(_stand_in(site))
                 _apply(_patched[name][-1])
-    except BaseException:
-        unpatch(*sites)
-        raise
+        whole = True
+    finally:
+        if not whole:
+            unpatch(*sites)
 
 
 def _stand_in(site: _Site) -> _InForce:

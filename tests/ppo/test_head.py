@@ -93,9 +93,10 @@ def test_a_head_that_is_not_a_plain_matrix_is_asked_for_its_logits(world: Any) -
 @pytest.mark.parametrize("changes", [{}, {"logits_scaling": 2.0}], ids=["hidden", "logits"])
 def test_both_ways_train_alike(world: Any, changes: dict[str, float]) -> None:
     """`logits_scaling`, which a Llama does not heed, sends it to its logits."""
-    trainer, plain = world.trainer(), world.trainer()
+    actor = world.actor()
     for name, value in changes.items():
-        setattr(trainer.actor.model.config, name, value)
+        setattr(actor.config, name, value)
+    trainer, plain = world.trainer(actor=actor), world.trainer(actor=world.actor())
     assert (head_form(trainer.actor.model) is None) == bool(changes)
     for one in (trainer, plain):
         torch.manual_seed(3)
