@@ -15,8 +15,6 @@ import torch
 from pytest_benchmark.stats import Stats
 from torch import Tensor
 
-from ppo_fast.ops.backends import LARGE_BYTES, large_empty
-
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("PPO_FAST_TEST_DEVICE") != "cpu" else "cpu"
 PEERS = {
     "liger": ("liger_kernel", "liger-kernel"),
@@ -81,6 +79,9 @@ def extra_bytes(run: Run) -> int | None:
 
 def resident_bytes(run: Run) -> int:
     """How far the peak of resident memory rises above what is resident before."""
+    # Here, since the driver for GPUs imports this module before it has installed the package.
+    from ppo_fast.ops.backends import LARGE_BYTES, large_empty
+
     # What was freed and is kept would be taken again without a trace: our block for large results, of which a small one
     # takes the place, and the pages of the C library.
     large_empty((LARGE_BYTES,), torch.int8)
