@@ -9,7 +9,8 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.integrations.contract import for_each_row, strict
 from ppo_fast.integrations.originals import WIDE
-from ppo_fast.integrations.trl.row_chunks import Head, is_sharded, row_chunks
+from ppo_fast.integrations.trl.row_chunks import Head, row_chunks
+from ppo_fast.ops.sharded_head import is_partitioned
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TILE_ROWS = 1024
@@ -63,7 +64,7 @@ def chunked_logprobs(
     labels = targets.long()
     with torch.autocast(device, enabled=False):
         rounds = strict() and dtype not in WIDE
-        function = row_chunks if rounds or is_sharded(weight) else _whole
+        function = row_chunks if rounds or is_partitioned(weight) else _whole
         logprobs, entropy = function(head, hidden, weight, bias, labels, dtype)
         if strict() and entropy is not None and bias is not None and final_logit_softcapping is None:
             # TRL has 0 * inf in the entropy where the bias forbids a token.

@@ -1,7 +1,8 @@
 """The head of a language model a few rows at a time, with logits in the dtype of the product, as TRL rounds them.
 
-For half precision, where `linear_logprobs` does better than TRL by not rounding, and for weights that DeepSpeed's
-ZeRO-3 takes away between forward and backward: here the backward computes the logits anew, and gathers the weights.
+For half precision, where `linear_logprobs` takes the logits as its own products give them, and for weights that
+DeepSpeed's ZeRO-3 takes away between forward and backward: here the backward computes the logits anew, and gathers the
+weights.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor
 import ppo_fast
 from ppo_fast.integrations.contract import for_each_row
 from ppo_fast.integrations.originals import WIDE
+from ppo_fast.ops.sharded_head import is_partitioned
 
 _TILE_BYTES = 2**28
 
@@ -48,14 +50,9 @@ class Head:
         )
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 owns this parameter."""
-    return hasattr(weight, "ds_id")
-
-
 def _gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     """Sharded parameters whole for a while, by TRL's own rule."""
-    if not any(parameter is not None and is_sharded(parameter) for parameter in parameters):
+    if not any(is_partitioned(parameter) for parameter in parameters):
         return nullcontext()
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 

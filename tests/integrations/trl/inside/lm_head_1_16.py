@@ -116,7 +116,7 @@ def test_rows_in_several_chunks(
     no_worse_than_theirs: Check, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(row_chunks, "_TILE_BYTES", 3 * V * dtype.itemsize)
-    monkeypatch.setattr(lm_head, "is_sharded", lambda weight: True)  # float32 takes them then
+    monkeypatch.setattr(lm_head, "is_partitioned", lambda weight: True)  # float32 takes them then
     targets = torch.randint(V, (N,))
     truth = called(written_out, targets, 0.7, None, 0.5)
     no_worse_than_theirs(*both(targets, 0.7, CHUNK, None, 0.5), truth, head(dtype, True))
