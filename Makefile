@@ -5,7 +5,7 @@ RUNS ?= runs
 RESULTS ?= bench/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-TRL := $(VENV)/trl-1.12.0/.done $(VENV)/trl-1.16.0/.done
+TRL := $(VENV)/trl-1.12.0/.done $(VENV)/trl-1.16.0/.done $(VENV)/datasets/.done
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 # The folder kernels/ must not shadow the package of that name; models are read from folders, never from a hub.
@@ -38,7 +38,7 @@ test: $(VENV)/.test $(TRL) ## the whole suite
 
 # Each in a folder of its own, first on the path: what OpenRLHF and verl ask for would change the main environment.
 # TRL's tests are on no index: TRL_1_12 and TRL_1_16 name checkouts of these versions; without them that part is skipped.
-integration: $(VENV)/openrlhf/.done $(VENV)/verl/.done $(TRL) $(VENV)/datasets/.done ## the trainers' own suites with our ops patched in, and TRL's trainers (4 minutes)
+integration: $(VENV)/openrlhf/.done $(VENV)/verl/.done $(TRL) ## the trainers' own suites with our ops patched in, and TRL's trainers (4 minutes)
 	PYTHONPATH=$(VENV)/openrlhf:tests/integrations $(BIN)/python -m pytest -p suite_plugin \
 	  --patched openrlhf --passed 221 $(VENV)/openrlhf/tests
 	PYTHONPATH=$(VENV)/verl:tests/integrations $(BIN)/python -m pytest -p suite_plugin \
@@ -143,13 +143,12 @@ $(VENV)/openrlhf/.done $(VENV)/verl/.done: $(VENV)/%/.done: tests/integrations/%
 	DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --upgrade --target $(@D) --requirement $<
 	touch $@
 
-# Two versions of one package, each in a folder of its own that the tests put on the path of a child process. Alone:
-# accelerate and transformers are there, and what TRL takes from `datasets` in them has a stand-in.
+# Two versions of one package, each in a folder of its own that the tests put on the path of a child process; `datasets`,
+# which both import, in a third below VENV, since dill pickles by reference only from there. The rest is there already.
 $(VENV)/trl-%/.done: | $(VENV)/.test
 	$(PIP) --no-deps --upgrade --target $(@D) trl==$*
 	touch $@
 
-# For TRL's GRPO and RLOO, which take their prompts from it; below VENV, since dill pickles by reference only from there.
 $(VENV)/datasets/.done: | $(VENV)/.test
 	$(PIP) --no-deps --upgrade --target $(@D) datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0 pyarrow==26.0.1
 	touch $@

@@ -1,7 +1,6 @@
 """TRL 1.12 and 1.16, which cannot share an environment: each is tested in a child process, from its own folder.
 
-`make test` puts the two folders beside the environment's packages, without what TRL depends on. GRPO needs `datasets`
-too, which is large: `make integration` brings it and runs that part.
+`make test` puts the two folders beside the environment's packages, and a third with `datasets`, which both import.
 """
 
 import os
@@ -40,12 +39,4 @@ def test_1_12() -> None:
 
 
 def test_1_16() -> None:
-    run_inside("1.16.0", "rows_1_16.py", "lm_head_1_16.py", "snippet.py")
-
-
-def test_grpo_of_1_16() -> None:
-    if not (PACKAGES / "datasets").exists():
-        pytest.skip(
-            "GRPO takes its prompts from the package `datasets` (180 MB with pyarrow): `make integration` runs it"
-        )
-    run_inside("1.16.0", "run_1_16.py")
+    run_inside("1.16.0", "rows_1_16.py", "lm_head_1_16.py", "snippet.py", "run_1_16.py")

@@ -1,19 +1,10 @@
 """For the files of this folder, which only a child process of ../test_versions.py collects."""
 
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
-
-INSIDE = "PPO_FAST_TRL" in os.environ
-if INSIDE and importlib.util.find_spec("datasets") is None:
-    # TRL's modules name its classes in annotations; the functions under test never touch them.
-    sys.modules["datasets"] = MagicMock(name="datasets", __spec__=MagicMock())
 
 HALF = (torch.bfloat16, torch.float16)
 Outcome = tuple[list[Tensor], list[Tensor]]
